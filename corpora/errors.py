@@ -1,0 +1,44 @@
+"""Errors for the person who meets them: what, where, expected and got, what to do; one line each.
+
+PilelineError
+├── InputError      the same call fails the same way: fix the input, then run again
+└── Unavailable     the world was in the way (network, server, disk): trying again may help
+"""
+
+import sys
+from collections.abc import Callable
+
+EXIT_INPUT = 2
+EXIT_UNAVAILABLE = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class PilelineError(Exception):
+    """An expected failure, told in one line."""
+
+    exit_code = EXIT_INPUT
+
+
+class InputError(PilelineError):
+    """A fault that a retry cannot mend."""
+
+
+class Unavailable(PilelineError):
+    """A fault that may be gone on the next attempt."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run a command-line `main` and leave the process: a `PilelineError` is one line, never a traceback."""
+    try:
+        sys.exit(main() or 0)
+    except PilelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        sys.exit(EXIT_UNAVAILABLE)

@@ -1,0 +1,185 @@
+"""The data half of a recipe: which shards, how they are cleaned, tokenized and cut into blocks.
+
+A recipe is a TOML file in deployments/ (or anywhere).  This module owns the tables [corpus], [clean],
+[tokenizer] and [blocks]; models.settings owns the others; deployments.recipe composes both.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from corpora.errors import InputError
+
+DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
+S = TypeVar("S", bound=BaseModel)
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}$"
+SHARD = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}(/[A-Za-z0-9][A-Za-z0-9._-]{0,60})?$"
+
+
+class Strict(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Corpus(Strict):
+    """[corpus] Which shards are read."""
+
+    name: str = Field(
+        pattern=NAME,
+        description="folder under the data root; `demo` and `pile-uncopyrighted` bring their own lock",
+    )
+    train: tuple[str, ...] = Field(
+        min_length=1, description="shards to train on, by their names in the lock"
+    )
+    val: tuple[str, ...] = Field(
+        min_length=1, description="held-out shards that training is scored on"
+    )
+    test: tuple[str, ...] = Field(
+        default=(),
+        description="held-out shards that are fetched and prepared, not looked at in training",
+    )
+    url: str | None = Field(
+        default=None, description="base URL (file:, http: or https:) instead of the lock's own"
+    )
+    lock: Path | None = Field(
+        default=None,
+        description="lock file (name, size, sha256) of a corpus that does not bring its own",
+    )
+    text_field: str = Field(default="text", description="JSON key of the document's text")
+    subset_field: str = Field(
+        default="meta.pile_set_name", description="dotted JSON path of the subset's name"
+    )
+
+    @model_validator(mode="after")
+    def _held_out_is_held_out(self) -> Self:
+        shards = (*self.train, *self.val, *self.test)
+        twice = sorted({s for s in shards if shards.count(s) > 1})
+        if twice:
+            raise ValueError(f"shard {twice[0]!r} is listed twice in train, val and test")
+        return self
+
+
+class Clean(Strict):
+    """[clean] What is done to a document's text; every rule is counted in the ledger."""
+
+    control_characters: bool = Field(
+        default=True, description="remove C0/C1 control characters except tab and newline"
+    )
+    newlines: bool = Field(default=True, description="CRLF and lone CR become LF")
+    min_chars: int = Field(
+        default=1,
+        ge=1,
+        description="drop documents with fewer characters, white space at both ends not counted",
+    )
+
+
+class Tokenizer(Strict):
+    """[tokenizer] Text to ids, and which ids mark a document's ends."""
+
+    kind: Literal["tiktoken", "sentencepiece"] = "tiktoken"
+    name: str | None = Field(default=None, description="tiktoken encoding, e.g. r50k_base")
+    model: Path | None = Field(
+        default=None,
+        description="SentencePiece .model file, or a vocabulary file for a tiktoken encoding",
+    )
+    bos: int | None = Field(
+        default=None, ge=0, description="id put before each document; leave out for none"
+    )
+    eos: int | None = Field(
+        default=None, ge=0, description="id put after each document; leave out for none"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "tiktoken" and self.name is None:
+            raise ValueError('kind = "tiktoken" needs a name, e.g. name = "r50k_base"')
+        if self.kind == "sentencepiece" and self.model is None:
+            raise ValueError('kind = "sentencepiece" needs model = "path/to/tokenizer.model"')
+        return self
+
+
+class Blocks(Strict):
+    """[blocks] Fixed-length rows of ids."""
+
+    length: int = Field(
+        ge=2, le=1_048_576, description="tokens in a row; training predicts length - 1 of them"
+    )
+    format: Literal["arrow", "parquet"] = Field(
+        default="arrow", description="arrow: memory-mapped training; parquet: small, for exchange"
+    )
+
+
+class DataSettings(Strict):
+    """The tables of a recipe that decide the blocks."""
+
+    corpus: Corpus
+    clean: Clean = Clean()
+    tokenizer: Tokenizer
+    blocks: Blocks
+
+    @classmethod
+    def read(cls, recipe: str | Path) -> Self:
+        """Read these tables from a recipe, given by name or path; other tables are not looked at."""
+        path = recipe_path(recipe)
+        tables = read_toml(path)
+        return parse(
+            cls, {key: tables[key] for key in DataSettings.model_fields if key in tables}, path
+        )
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """Return the file of a recipe: a path to a .toml file, or a name in deployments/."""
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise InputError(f"recipe {path}: no such file")
+        return path
+    named = DEPLOYMENTS / f"{recipe}.toml"
+    if not named.is_file():
+        known = ", ".join(sorted(p.stem for p in DEPLOYMENTS.glob("*.toml")))
+        raise InputError(
+            f"recipe {str(recipe)!r} is unknown; known: {known}; or give a path that ends in .toml"
+        )
+    return named
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; a syntax error names the file and the line."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
+def parse(cls: type[S], tables: dict[str, Any], origin: Path | str) -> S:
+    """Build settings from TOML tables; what is wrong with each key becomes one line."""
+    try:
+        return cls.model_validate(tables)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {explain(cls, error)}") from None
+
+
+def explain(cls: type[BaseModel], error: ValidationError) -> str:
+    """Say every fault of a recipe in one line: table and key, what is wrong, what was given."""
+    faults = []
+    for fault in error.errors():
+        *tables, key = (str(part) for part in fault["loc"]) if fault["loc"] else ("recipe",)
+        where = f"[{'.'.join(tables)}] {key}" if tables else key
+        if fault["type"] == "extra_forbidden":
+            owner: Any = cls
+            for table in tables:
+                field = owner.model_fields.get(table)
+                owner = field.annotation if field else None
+            known = ", ".join(owner.model_fields) if owner else "none"
+            faults.append(f"{where}: unknown key (known: {known})")
+        elif fault["type"] == "missing":
+            faults.append(f"{where}: missing")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(fault["input"], dict) else f" (got {fault['input']!r})"
+            faults.append(f"{where}: {message}{given}"[:300])
+    return "; ".join(faults)

@@ -1,0 +1,1 @@
+"""The named runs: one TOML recipe each, and the schema that refuses what it does not know."""
