@@ -54,9 +54,7 @@ def write_aside(final: Path) -> Iterator[Path]:
 def write_json(final: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, whole or not at all."""
     with write_aside(final) as aside:
-        aside.write_text(
-            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
-        )
+        aside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -66,9 +64,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ValueError as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error}); delete it and run the step again"
-        ) from None
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and run the step again") from None
 
 
 def sha256_file(path: Path) -> str:

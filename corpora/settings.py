@@ -32,12 +32,8 @@ class Corpus(Strict):
         pattern=NAME,
         description="folder under the data root; `demo` and `pile-uncopyrighted` bring their own lock",
     )
-    train: tuple[str, ...] = Field(
-        min_length=1, description="shards to train on, by their names in the lock"
-    )
-    val: tuple[str, ...] = Field(
-        min_length=1, description="held-out shards that training is scored on"
-    )
+    train: tuple[str, ...] = Field(min_length=1, description="shards to train on, by their names in the lock")
+    val: tuple[str, ...] = Field(min_length=1, description="held-out shards that training is scored on")
     test: tuple[str, ...] = Field(
         default=(),
         description="held-out shards that are fetched and prepared, not looked at in training",
@@ -86,12 +82,8 @@ class Tokenizer(Strict):
         default=None,
         description="SentencePiece .model file, or a vocabulary file for a tiktoken encoding",
     )
-    bos: int | None = Field(
-        default=None, ge=0, description="id put before each document; leave out for none"
-    )
-    eos: int | None = Field(
-        default=None, ge=0, description="id put after each document; leave out for none"
-    )
+    bos: int | None = Field(default=None, ge=0, description="id put before each document; leave out for none")
+    eos: int | None = Field(default=None, ge=0, description="id put after each document; leave out for none")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -126,9 +118,7 @@ class DataSettings(Strict):
         """Read these tables from a recipe, given by name or path; other tables are not looked at."""
         path = recipe_path(recipe)
         tables = read_toml(path)
-        return parse(
-            cls, {key: tables[key] for key in DataSettings.model_fields if key in tables}, path
-        )
+        return parse(cls, {key: tables[key] for key in DataSettings.model_fields if key in tables}, path)
 
 
 def recipe_path(recipe: str | Path) -> Path:

@@ -30,9 +30,7 @@ class Recipe(RunSettings):
         for key in ("bos", "eos"):
             special = getattr(self.tokenizer, key)
             if special is not None and special >= self.model.vocab:
-                raise ValueError(
-                    f"tokenizer.{key} {special} is outside model.vocab {self.model.vocab}"
-                )
+                raise ValueError(f"tokenizer.{key} {special} is outside model.vocab {self.model.vocab}")
         return self
 
     def toml(self) -> str:

@@ -21,9 +21,7 @@ class Model(Strict):
         default=None, ge=1, description="key/value heads (grouped-query attention); default: heads"
     )
     ffn: int = Field(ge=1, description="hidden channels of the feed-forward network")
-    vocab: int = Field(
-        ge=2, description="rows of the embedding; at least the tokenizer's vocabulary"
-    )
+    vocab: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's vocabulary")
     context: int = Field(ge=2, description="longest sequence, in tokens")
     tie: bool = Field(default=True, description="the output head is the embedding, transposed")
     bias: bool = Field(
@@ -51,9 +49,7 @@ class Model(Strict):
 class Train(Strict):
     """[train] The loop.  A step is one optimizer update."""
 
-    seed: int = Field(
-        default=1, ge=0, description="of the initial weights and of the order of blocks"
-    )
+    seed: int = Field(default=1, ge=0, description="of the initial weights and of the order of blocks")
     steps: int = Field(ge=1, description="optimizer updates")
     batch: int = Field(ge=1, description="blocks in a step, over all processes and micro-batches")
     micro_batch: int | None = Field(
@@ -73,9 +69,7 @@ class Train(Strict):
         le=1,
         description="share of the steps, at the end, in which lr falls linearly to min_lr",
     )
-    min_lr: float = Field(
-        default=0.0, ge=0, le=1, description="final learning rate as a share of lr"
-    )
+    min_lr: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a share of lr")
     weight_decay: float = Field(
         default=0.1, ge=0, description="on matrices; never on norms, biases and embeddings"
     )
@@ -110,9 +104,7 @@ class Evaluate(Strict):
 class Generate(Strict):
     """[generate] The smoke test's samples."""
 
-    prompts: tuple[str, ...] = Field(
-        min_length=1, description="an empty prompt starts from the BOS id"
-    )
+    prompts: tuple[str, ...] = Field(min_length=1, description="an empty prompt starts from the BOS id")
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(
         default=0.8, gt=0, description="of the sampled text; a greedy text is made as well"
@@ -143,6 +135,4 @@ class RunSettings(DataSettings, ModelSettings):
         """Read all tables of a recipe, given by name or path."""
         path = recipe_path(recipe)
         tables = read_toml(path)
-        return parse(
-            cls, {key: tables[key] for key in RunSettings.model_fields if key in tables}, path
-        )
+        return parse(cls, {key: tables[key] for key in RunSettings.model_fields if key in tables}, path)

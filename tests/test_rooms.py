@@ -37,9 +37,7 @@ def test_arrows_point_one_way(path: Path) -> None:
     if room == "corpora":
         assert "torch" not in imports(tree)
     if room != "models":
-        at_import = ast.Module(
-            [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], []
-        )
+        at_import = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         assert "torch" not in imports(at_import)
 
 
