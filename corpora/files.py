@@ -40,15 +40,29 @@ def commit(aside: Path, final: Path) -> None:
 def write_aside(final: Path) -> Iterator[Path]:
     """Yield a path beside `final` to write to; commit it on success, remove it on any failure.
 
-    The name carries the process id, so two processes never write into the same file.
+    The name carries the process id, so two processes never write into the same file; what a killed process
+    left behind is removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    for stale in final.parent.glob(f".{final.name}.*.part"):
+        if not _alive(stale.suffixes[-2].removeprefix(".")):
+            stale.unlink(missing_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
         yield aside
         commit(aside, final)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True
 
 
 def write_json(final: Path, value: Any) -> None:

@@ -1,0 +1,213 @@
+"""Blocks on disk: rows of ids as Arrow IPC files (for training) or Parquet (for exchange).
+
+Two columns: `input_ids`, a fixed-size list of uint16 (uint32 above 65,536 ids), and `tokens`, how many of a
+row's ids are real; the rest, at its end, is padding.  What the rows were made from stands as JSON under the
+key "pileline" of the schema's metadata.  Any Arrow or Parquet reader opens them.
+"""
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from corpora.errors import InputError
+from corpora.pack import Rows
+
+Format = Literal["arrow", "parquet"]
+PARQUET_ROW_GROUP_TOKENS = 1 << 19  # a random row costs the decoding of its whole group: 1 MB of ids
+METADATA_KEY = b"pileline"
+
+
+def schema(length: int, dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
+    """Return the schema of blocks of `length` ids."""
+    item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
+    fields = [
+        pa.field("input_ids", pa.list_(item, length), nullable=False),
+        pa.field("tokens", pa.uint32(), nullable=False),
+    ]
+    text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    return pa.schema(fields, metadata={METADATA_KEY: text.encode()})
+
+
+class _HashingFile(io.RawIOBase):
+    """A file that keeps the sha256 of what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class BlockWriter:
+    """Write batches of rows to one file; give it a name only after `close` has returned its sha256.
+
+    A Parquet file that is closed early is valid and short, an Arrow file is not: in both cases the caller
+    writes aside and renames.
+    """
+
+    def __init__(self, path: Path, format: Format, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.length = schema.field("input_ids").type.list_size
+        self.file = _HashingFile(path)
+        self.rows = 0
+        self._writer: Any
+        if format == "arrow":
+            self._writer = pa.ipc.new_file(self.file, schema)
+        else:
+            self._writer = pq.ParquetWriter(
+                self.file,
+                schema,
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+
+    def write(self, rows: Rows, tokens: npt.NDArray[np.uint32]) -> None:
+        """Append rows [n, length] and how many of each row's ids are real [n]."""
+        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+        column = pa.FixedSizeListArray.from_arrays(values, type=self.schema.field("input_ids").type)
+        batch = pa.record_batch([column, pa.array(tokens, pa.uint32())], schema=self.schema)
+        if isinstance(self._writer, pq.ParquetWriter):
+            group = max(1, PARQUET_ROW_GROUP_TOKENS // self.length)
+            self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=group)
+        else:
+            self._writer.write_batch(batch)
+        self.rows += len(rows)
+
+    def close(self) -> str:
+        """Finish the file and return its sha256."""
+        self._writer.close()
+        self.file.close()
+        return self.file.sha256.hexdigest()
+
+
+class _ArrowFile:
+    """Rows of one Arrow IPC file, memory-mapped: a row is read from the page cache without a copy."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.schema = reader.schema
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        length = self.schema.field("input_ids").type.list_size
+        self.ids = [b.column("input_ids").flatten().to_numpy().reshape(-1, length) for b in batches]
+        self.tokens = [b.column("tokens").to_numpy() for b in batches]
+        self.starts = np.cumsum([0, *(b.num_rows for b in batches)])
+
+    def chunk(self, index: int) -> tuple[Rows, npt.NDArray[np.uint32]]:
+        return self.ids[index], self.tokens[index]
+
+
+class _ParquetFile:
+    """Rows of one Parquet file; the row groups last used are kept decoded."""
+
+    def __init__(self, path: Path, keep: int = 8) -> None:
+        self.file = pq.ParquetFile(path, page_checksum_verification=True)
+        self.schema = self.file.schema_arrow
+        self.length = self.schema.field("input_ids").type.list_size
+        meta = self.file.metadata
+        self.starts = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
+        self.keep = keep
+        self.groups: OrderedDict[int, tuple[Rows, npt.NDArray[np.uint32]]] = OrderedDict()
+
+    def chunk(self, index: int) -> tuple[Rows, npt.NDArray[np.uint32]]:
+        if index not in self.groups:
+            table = self.file.read_row_group(index).combine_chunks()
+            ids = table["input_ids"].chunk(0).flatten().to_numpy().reshape(-1, self.length)
+            self.groups[index] = ids, table["tokens"].chunk(0).to_numpy()
+            if len(self.groups) > self.keep:
+                self.groups.popitem(last=False)
+        self.groups.move_to_end(index)
+        return self.groups[index]
+
+
+class Blocks:
+    """The rows of several block files as one sequence, in the files' order.
+
+    length: ids in a row
+    metadata: of the first file (see the module)
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        if not files:
+            raise InputError("no block files given")
+        self.files = [_open(path) for path in files]
+        self.length: int = self.files[0].schema.field("input_ids").type.list_size
+        self.metadata: dict[str, Any] = json.loads(self.files[0].schema.metadata[METADATA_KEY])
+        for path, file in zip(files, self.files, strict=True):
+            if file.schema.field("input_ids").type != self.files[0].schema.field("input_ids").type:
+                raise InputError(
+                    f"{path}: its rows are {file.schema.field('input_ids').type}, not of the same kind as {files[0]}"
+                )
+        self.starts = np.cumsum([0, *(int(file.starts[-1]) for file in self.files)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def rows(self, indices: Iterable[int]) -> tuple[Rows, npt.NDArray[np.int64]]:
+        """Return the rows [n, length] of these indices, and how many ids of each are real [n]."""
+        wanted = np.fromiter(indices, np.int64)
+        dtype = self.files[0].schema.field("input_ids").type.value_type.to_pandas_dtype()
+        ids = np.empty((len(wanted), self.length), dtype)
+        tokens = np.empty(len(wanted), np.int64)
+        for n, index in enumerate(wanted):
+            if not 0 <= index < len(self):
+                raise IndexError(f"block {index} of {len(self)}")
+            f = int(np.searchsorted(self.starts, index, side="right")) - 1
+            file, row = self.files[f], index - self.starts[f]
+            c = int(np.searchsorted(file.starts, row, side="right")) - 1
+            chunk_ids, chunk_tokens = file.chunk(c)
+            ids[n] = chunk_ids[row - file.starts[c]]
+            tokens[n] = chunk_tokens[row - file.starts[c]]
+        return ids, tokens
+
+    def batches(self, rows: int = 1024) -> Iterable[tuple[Rows, npt.NDArray[np.int64]]]:
+        """Yield all rows in order, at most `rows` at a time."""
+        for start in range(0, len(self), rows):
+            yield self.rows(range(start, min(start + rows, len(self))))
+
+
+def _open(path: Path) -> _ArrowFile | _ParquetFile:
+    try:
+        return _ParquetFile(path) if path.suffix == ".parquet" else _ArrowFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; prepare its shard again") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(
+            f"{path}: not a whole block file ({error}); delete it and prepare its shard again"
+        ) from None
+
+
+def convert(source: Path, target: Path, format: Format) -> str:
+    """Write the rows of one block file in another format, metadata and all; return the new file's sha256.
+
+    `target` is written in place: the caller writes aside.
+    """
+    blocks = Blocks([source])
+    writer = BlockWriter(target, format, blocks.files[0].schema)
+    for ids, tokens in blocks.batches():
+        writer.write(ids, tokens.astype(np.uint32))
+    return writer.close()

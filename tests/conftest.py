@@ -1,0 +1,15 @@
+"""Fixtures that several rooms use."""
+
+from pathlib import Path
+
+import pytest
+
+from corpora import demo
+
+
+@pytest.fixture(scope="session")
+def demo_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data root with the whole demo corpus built in it (a few seconds, once); leave it as it is."""
+    data = tmp_path_factory.mktemp("data")
+    demo.build(data)
+    return data

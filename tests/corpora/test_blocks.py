@@ -1,0 +1,104 @@
+"""Block files: what is written is read, by us, by pyarrow and by datasets; a torn file is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from corpora import blocks
+from corpora.errors import InputError
+
+LENGTH = 6
+FORMATS = ("arrow", "parquet")
+
+
+def write(path: Path, rows: np.ndarray, padding: int = 0) -> str:
+    format = "parquet" if path.suffix == ".parquet" else "arrow"
+    writer = blocks.BlockWriter(path, format, blocks.schema(LENGTH, rows.dtype, {"made": "here"}))
+    for start in range(0, len(rows), 4):
+        batch = rows[start : start + 4]
+        tokens = np.full(len(batch), LENGTH, np.uint32)
+        if start + 4 >= len(rows):
+            tokens[-1] -= padding
+        writer.write(batch, tokens)
+    return writer.close()
+
+
+def some_rows(n: int, first: int = 0) -> np.ndarray:
+    return np.arange(first, first + n * LENGTH, dtype=np.uint16).reshape(n, LENGTH)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_come_back_in_any_order(tmp_path: Path, format: str) -> None:
+    paths = [tmp_path / f"a.{format}", tmp_path / f"b.{format}"]
+    digest = write(paths[0], some_rows(9))
+    assert digest == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    write(paths[1], some_rows(5, 1000), padding=2)
+    both = blocks.Blocks(paths)
+    assert (len(both), both.length, both.metadata) == (14, LENGTH, {"made": "here"})
+    ids, tokens = both.rows([13, 0, 8, 9])
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == [
+        some_rows(5, 1000)[4].tolist(),
+        *some_rows(9)[[0, 8]].tolist(),
+        [1000, 1001, 1002, 1003, 1004, 1005],
+    ]
+    assert tokens.tolist() == [4, 6, 6, 6]
+    with pytest.raises(IndexError):
+        both.rows([14])
+    assert sum(len(ids) for ids, _ in both.batches(4)) == 14
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_others_read_them_without_our_code(tmp_path: Path, format: str) -> None:
+    path = tmp_path / f"part-0000.{format}"
+    write(path, some_rows(9))
+    table = pq.read_table(path) if format == "parquet" else pa.ipc.open_file(path).read_all()
+    assert np.array(table["input_ids"].to_pylist()).tolist() == some_rows(9).tolist()
+    assert json.loads(table.schema.metadata[b"pileline"]) == {"made": "here"}
+    dataset = datasets.load_dataset(
+        format, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert dataset.num_rows == 9
+    assert dataset[8] == {"input_ids": some_rows(9)[8].tolist(), "tokens": LENGTH}
+
+
+def test_arrow_is_two_bytes_a_token(tmp_path: Path) -> None:
+    write(tmp_path / "a.arrow", np.zeros((4000, LENGTH), np.uint16))
+    assert (tmp_path / "a.arrow").stat().st_size < 4000 * (2 * LENGTH + 4) + 1000 * 260
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_torn_file_is_refused(tmp_path: Path, format: str) -> None:
+    path = tmp_path / f"a.{format}"
+    write(path, some_rows(9))
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 41):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="not a whole block file"):
+            blocks.Blocks([path])
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        blocks.Blocks([path])
+
+
+def test_files_of_another_kind_are_not_mixed(tmp_path: Path) -> None:
+    write(tmp_path / "a.arrow", some_rows(2))
+    write(tmp_path / "b.arrow", some_rows(2).astype(np.uint32))
+    with pytest.raises(InputError, match=r"b\.arrow.*not of the same kind"):
+        blocks.Blocks([tmp_path / "a.arrow", tmp_path / "b.arrow"])
+
+
+def test_convert_keeps_rows_and_metadata(tmp_path: Path) -> None:
+    write(tmp_path / "a.arrow", some_rows(9), padding=3)
+    blocks.convert(tmp_path / "a.arrow", tmp_path / "b.parquet", "parquet")
+    blocks.convert(tmp_path / "b.parquet", tmp_path / "c.arrow", "arrow")
+    first, last = blocks.Blocks([tmp_path / "a.arrow"]), blocks.Blocks([tmp_path / "c.arrow"])
+    assert first.metadata == last.metadata
+    for before, after in zip(first.rows(range(9)), last.rows(range(9)), strict=True):
+        assert before.tolist() == after.tolist()

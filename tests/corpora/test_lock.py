@@ -1,0 +1,203 @@
+"""Locks: what is refused, in which words, and what the built-in ones hold."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corpora.errors import InputError
+from corpora.fetch import raw_path
+from corpora.lock import LOCKS, load_lock, read_lock
+from corpora.settings import DEPLOYMENTS, Corpus, DataSettings
+
+A, B = "a" * 64, "b" * 64
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"name": "train/00", "path": "train/00.jsonl.zst", "size": 3, "sha256": A, **changes}
+
+
+def lock_file(folder: Path, *files: Any, **changes: Any) -> Path:
+    lock = {"corpus": "mine", "url": "https://example.org/base/", "files": list(files), **changes}
+    path = folder / "my.lock.json"
+    path.write_text(json.dumps(lock), "utf-8")
+    return path
+
+
+def mine(lock: Path | None, **changes: Any) -> Corpus:
+    return Corpus(**{"name": "mine", "train": ("train/00",), "val": ("val",), "lock": lock, **changes})
+
+
+def test_lock_is_read(tmp_path: Path) -> None:
+    lock = load_lock(
+        mine(lock_file(tmp_path, entry(), entry(name="val", path="v a.zst", sha256=B))), tmp_path
+    )
+    assert lock.url == "https://example.org/base"
+    assert lock.url_of(lock.entry("train/00")) == "https://example.org/base/train/00.jsonl.zst"
+    assert lock.url_of(lock.entry("val")) == "https://example.org/base/v%20a.zst"
+    expected = f'[["val","{B}"],["train/00","{A}"]]'
+    assert lock.fingerprint(["val", "train/00"]) == hashlib.sha256(expected.encode()).hexdigest()
+    assert lock.fingerprint(["train/00", "val"]) != lock.fingerprint(["val", "train/00"])
+    with pytest.raises(
+        InputError, match=r"^corpus mine: no shard 'test' in its lock; it has: train/00, val$"
+    ):
+        lock.entry("test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"name": "../x"}, r"shard '\.\./x': name: shard name '\.\./x' is not word or word/word"),
+        ({"name": "/etc/x"}, r"shard '/etc/x': name: "),
+        ({"name": "a/../../x"}, r"shard 'a/\.\./\.\./x': name: "),
+        ({"name": "a/.."}, r"shard 'a/\.\.': name: "),
+        ({"name": "a/b/c"}, r"shard 'a/b/c': name: "),
+        ({"name": "a\\..\\x"}, "name: "),
+        ({"name": "a\x00"}, r"shard 'a\\x00': name: "),
+        ({"name": "a\n"}, r"shard 'a\\n': name: "),
+        ({"name": ".hidden"}, "name: "),
+        ({"name": ""}, "shard '': name: "),
+        ({"name": "x" * 300}, "name: "),
+        ({"name": None}, "shard number 2: name: Input should be a valid string"),
+        ({"path": "../secret"}, "shard 'two': path: not a plain relative path"),
+        ({"path": "/etc/passwd"}, "shard 'two': path: not a plain relative path"),
+        ({"path": "a//b"}, "shard 'two': path: not a plain"),
+        ({"path": "a?token=1"}, "shard 'two': path: not a plain"),
+        ({"path": "%2e%2e/x"}, "shard 'two': path: not a plain"),
+        ({"path": "a\r\nX: y"}, "shard 'two': path: not a plain"),
+        ({"sha256": "A" * 64}, "shard 'two': sha256: not 64 hex digits in lower case .64 char"),
+        ({"sha256": "a" * 63}, "shard 'two': sha256: not 64 hex digits in lower case .63 char"),
+        ({"sha256": None}, "shard 'two': sha256: "),
+        ({"size": 0}, "shard 'two': size: "),
+        ({"size": -1}, "shard 'two': size: "),
+        ({"size": "12"}, "shard 'two': size: "),
+        ({"md5": "x"}, "shard 'two': md5: Extra inputs are not permitted"),
+        ({"name": "TRAIN/00"}, "shard names must differ, in more than case too: train/00, TRAIN/00"),
+        ({"name": "train/00"}, "shard names must differ, in more than case too: train/00, train/00"),
+    ],
+)
+def test_fault_of_an_entry_is_one_line_that_names_it(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    path = lock_file(tmp_path, entry(), entry(**{"name": "two", **changes}))
+    with pytest.raises(InputError, match=told) as caught:
+        read_lock(path)
+    assert str(caught.value).startswith(f"lock {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("ftp://example.org/x", "is none of http:, https: and file:"),
+        ("data/shards", "is none of http:, https: and file:"),
+        ("https:///x", "names no host"),
+        ("file://host/x", "is not an absolute path on this machine"),
+        ("file:x", "is not an absolute path on this machine"),
+        (
+            "https://me:secret@example.org/x",
+            "it carries a user name or password for example.org; put them into ~/.netrc",
+        ),
+        ("https://example.org/x?token=secret", "is no plain base URL"),
+        ("https://example.org/x y", "is no plain base URL"),
+        ("https://[::1/x", "Invalid IPv6 URL"),
+    ],
+)
+def test_url_is_refused(tmp_path: Path, url: str, told: str) -> None:
+    with pytest.raises(InputError, match=f"^lock .*: url: .*{told}"):
+        read_lock(lock_file(tmp_path, entry(), url=url))
+    with pytest.raises(InputError, match=rf"^\[corpus\] url: .*{told}"):
+        load_lock(mine(lock_file(tmp_path, entry()), url=url), tmp_path)
+    with pytest.raises(InputError) as caught:
+        read_lock(lock_file(tmp_path, entry(), url=url))
+    assert "me:secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[]", "valid dictionary"),
+        (
+            b'{"corpus": "mine", "url": "https://x.org", "files": []}',
+            "files: there is none",
+        ),
+        (b'{"corpus": "mine", "url": "https://x.org", "files": [1]}', "shard number 1: "),
+        (b'{"corpus": "mine", "url": "https://x.org"}', "files: Field required"),
+    ],
+)
+def test_broken_file_is_one_line(tmp_path: Path, text: bytes, told: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=rf"^lock {path}: .*{told}") as caught:
+        read_lock(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_many_faults_stay_one_line(tmp_path: Path) -> None:
+    path = lock_file(tmp_path, *(entry(name=f"s{i}", sha256="x") for i in range(30)))
+    with pytest.raises(InputError, match=r"shard 's4': .*; and 25 more$"):
+        read_lock(path)
+
+
+def test_url_of_one_dot_is_the_locks_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    assert read_lock(lock_file(folder, entry(), url=".")).url == folder.resolve().as_uri()
+
+
+def test_where_locks_come_from(tmp_path: Path) -> None:
+    path = lock_file(tmp_path, entry())
+    assert load_lock(mine(path, url="file:///mirror/"), tmp_path).url == "file:///mirror"
+    missing = tmp_path / "demo" / "source" / "lock.json"
+    with pytest.raises(InputError, match=f"^{missing}: the demo corpus is not built; run: python -m corpora"):
+        load_lock(mine(None, name="demo"), tmp_path)
+    with pytest.raises(InputError, match=r"brings no lock \(built in: demo, pile-uncopyrighted\)"):
+        load_lock(mine(None), tmp_path)
+    with pytest.raises(InputError, match=r"no such file$"):
+        load_lock(mine(tmp_path / "none.json"), tmp_path)
+    with pytest.raises(InputError, match=r"Is a directory$"):
+        load_lock(mine(tmp_path), tmp_path)
+    with pytest.raises(InputError, match=r"it is of corpus 'mine', the recipe says 'other'$"):
+        load_lock(mine(path, name="other"), tmp_path)
+
+
+def test_pile_lock() -> None:
+    lock = read_lock(LOCKS / "pile-uncopyrighted.json")
+    assert lock.revision is not None and lock.url.endswith(f"/pile-uncopyrighted/resolve/{lock.revision}")
+    trains = ["00", "01", "02", "03", "04", "14", "15", "16", "17", "23", "24", "25", "28"]
+    assert [e.name for e in lock.files] == [*(f"train/{n}" for n in trains), "val"]
+    assert all(e.path == f"{e.name}.jsonl.zst" and e.source for e in lock.files)
+    assert len({e.sha256 for e in lock.files}) == 14
+    assert {e.name: e.size for e in lock.files if e.size} == {
+        "train/00": 11152428427,
+        "train/01": 11163951827,
+        "train/02": 11153332265,
+        "train/23": 11193533120,
+        "train/24": 11134735928,
+    }
+    assert lock.entry("val").sha256 == "db5e5d1532bf8dc33a6589b50ecba1a8c96f7b4b9cb343d168e603c393007c26"
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOYMENTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_name_only_shards_that_the_lock_has(path: Path, demo_corpus: Path) -> None:
+    corpus = DataSettings.read(path).corpus
+    lock = load_lock(corpus, demo_corpus)
+    for shard in (*corpus.train, *corpus.val, *corpus.test):
+        assert lock.entry(shard).name == shard
+
+
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("./\\~"), max_size=12))
+def test_no_name_leaves_the_data_folder(name: str) -> None:
+    raw = Path("/data/mine/raw")
+    try:
+        path = raw_path(mine(None), name, Path("/data"))
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert path.resolve().is_relative_to(raw) and ".." not in path.parts and len(path.parts) <= 6
