@@ -5,9 +5,11 @@ PilelineError
 └── Unavailable     the world was in the way (network, server, disk): trying again may help
 """
 
+import errno
 import sys
 from collections.abc import Callable
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_INPUT = 2
 EXIT_UNAVAILABLE = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -39,6 +41,10 @@ def run_cli(main: Callable[[], int | None]) -> None:
         print("stopped; run the same command again to go on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in NO_SPACE:
+            cure = "free some space, or set PILELINE_DATA and PILELINE_RUNS to a larger disk, then run again"
+            print(f"error: {where}no space left on the disk; {cure}", file=sys.stderr)
+            sys.exit(EXIT_INPUT)
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(EXIT_UNAVAILABLE)

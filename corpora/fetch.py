@@ -4,13 +4,11 @@ The receipt is the only record of "fetched".  It holds the file's size and mtime
 file that looks changed is hashed again before anything is believed or thrown away.
 """
 
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from stat import S_ISREG
 from typing import BinaryIO
@@ -20,7 +18,7 @@ from urllib.request import url2pathname
 import requests
 from pydantic import Field, ValidationError
 
-from corpora.errors import InputError, Unavailable
+from corpora.errors import NO_SPACE, InputError, Unavailable
 from corpora.files import read_json, sha256_file, write_aside, write_json
 from corpora.lock import Entry, check_shard, load_lock
 from corpora.settings import Corpus, Strict
@@ -28,7 +26,6 @@ from corpora.settings import Corpus, Strict
 CHUNK = 1 << 20
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two reads
 WAIT_AND_RETRY = (408, 425, 429)  # like 5xx, these say "later"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Receipt(Strict):
@@ -67,15 +64,11 @@ def fetch(
         return receipt, True
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final)
         _check_space(final, entry)
-        with ExitStack() as until_renamed, write_aside(final) as aside:
-            aside.unlink(missing_ok=True)
-            part = until_renamed.enter_context(aside.open("xb"))  # x: never through a link that lies in wait
-            _hold(part)
-            _download(url, entry, part, progress or (lambda _: None))
-            part.flush()
-            stat = os.fstat(part.fileno())  # of the bytes hashed: a later edit differs from it
+        with write_aside(final) as aside:
+            with aside.open("wb") as part:
+                _download(url, entry, part, progress or (lambda _: None))
+            stat = aside.stat()  # of the bytes hashed: a later edit differs from it
     except OSError as error:  # of the destination: reading the source has its own errors
         raise _cannot_write(final, error) from error
     return _write_receipt(final, stat, entry, url, data), False
@@ -139,20 +132,6 @@ def _write_receipt(final: Path, stat: os.stat_result, entry: Entry, url: str, da
     except OSError as error:
         raise _cannot_write(receipt_path(final), error) from error
     return receipt
-
-
-def _hold(part: BinaryIO) -> None:
-    """Mark a part as a living process' own; the mark goes when the process does."""
-    with suppress(OSError):  # some file systems have no such locks: there, no part is ever swept away
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _sweep(final: Path) -> None:
-    """Remove the parts that killed processes left of a shard."""
-    for path in final.parent.glob(f".{final.name}.*.part"):
-        with suppress(OSError), path.open("rb") as part:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
-            path.unlink(missing_ok=True)
 
 
 def _check_space(final: Path, entry: Entry) -> None:

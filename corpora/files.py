@@ -1,10 +1,12 @@
 """Files that are whole or absent: written aside, fsynced, renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +40,30 @@ def commit(aside: Path, final: Path) -> None:
 
 @contextmanager
 def write_aside(final: Path) -> Iterator[Path]:
-    """Yield a path beside `final` to write to; commit it on success, remove it on any failure.
+    """Yield an empty file beside `final` to write to; commit it on success, remove it on any failure.
 
-    The name carries the process id, so two processes never write into the same file; what a killed process
-    left behind is removed.
+    No two writers share a name, and each holds a lock on its file while it lives: what killed writers left
+    behind is found by its missing lock, and removed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f".{final.name}.*.part"):
-        if not _alive(stale.suffixes[-2].removeprefix(".")):
-            stale.unlink(missing_ok=True)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        commit(aside, final)
-    finally:
-        aside.unlink(missing_ok=True)
+    _sweep(final)
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    with aside.open("xb") as held:  # x: never through a link that lies in wait
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield aside
+            commit(aside, final)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):
-        return True
-    return True
+def _sweep(final: Path) -> None:
+    """Remove what killed writers of `final` left behind."""
+    for path in final.parent.glob(f".{final.name}.*.part"):
+        with suppress(OSError), path.open("rb") as part:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
+            path.unlink(missing_ok=True)
 
 
 def write_json(final: Path, value: Any) -> None:

@@ -106,6 +106,23 @@ def test_faults_are_one_line(run: Run, recipe: str, tmp_path: Path, words: list[
     assert done.stderr.count("\n") == 1
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(recipe: str, tmp_path: Path) -> None:
+    # A limit on the size of files stands for the end of the disk: both end a write.
+    limited = "import resource, signal, sys, runpy\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+    limited += (
+        f"sys.argv = ['corpora', 'prepare', {recipe!r}]\nrunpy.run_module('corpora', run_name='__main__')"
+    )
+    environment = {**os.environ, "PILELINE_DATA": str(tmp_path / "data")}
+    command = [sys.executable, "-c", limited]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "no space left on the disk; free some space" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not [path for path in (tmp_path / "data" / "tiny" / "blocks").rglob("*") if path.is_file()]
+
+
 def test_help_names_every_step(run: Run) -> None:
     text = run("--help").stdout
     for step in ("build-demo", "fetch", "prepare", "stats", "verify", "convert"):
