@@ -59,7 +59,7 @@ class Train(Strict):
     )
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
-        description="muon: torch.optim.Muon for hidden matrices, AdamW for the rest",
+        description="muon: Muon for hidden matrices, AdamW for the rest",
     )
     lr: float = Field(gt=0, description="peak learning rate")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
@@ -76,15 +76,17 @@ class Train(Strict):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="bf16: autocast for matrix products; weights stay fp32"
+    dtype: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32",
+        description="bf16: autocast for matrix products, weights stay fp32; "
+        "auto: bf16 on a device that has instructions for it, else fp32",
     )
     log_every: int = Field(default=10, ge=1, description="steps between two lines of metrics.jsonl")
     eval_every: int = Field(default=100, ge=1, description="steps between two held-out losses")
     eval_blocks: int = Field(
         default=64,
         ge=1,
-        description="held-out blocks that the loss in training is measured on (the first ones)",
+        description="held-out blocks that the loss in training is measured on, evenly spread",
     )
     save_every: int = Field(default=500, ge=1, description="steps between two checkpoints")
     keep: int = Field(default=2, ge=2, description="checkpoints kept; the older ones are removed")
@@ -94,7 +96,7 @@ class Evaluate(Strict):
     """[evaluate] Bits per byte of held-out documents, per subset."""
 
     bytes: int = Field(
-        default=1_000_000,
+        default=300_000,
         ge=1,
         description="score the first documents of each held-out shard, up to this much text",
     )

@@ -1,0 +1,204 @@
+"""Training and what comes after it by hand, without Prefect:  python -m models STEP --help"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corpora.errors import run_cli
+from corpora.files import data_root
+from corpora.lock import load_lock
+from corpora.prepare import PREPARE_VERSION
+from corpora.progress import emit
+from corpora.settings import read_toml, recipe_path
+from models import runs
+from models.settings import RunSettings
+
+
+def main() -> int:
+    """Parse the command line and run one step; return the exit code."""
+    # Read when torch is imported.  Threads that wait actively halve the speed of a machine that is also busy
+    # with something else, such as a Prefect server, and gain little on an idle one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = argparse.ArgumentParser(
+        prog="python -m models",
+        description="Train a model on prepared blocks, score it and let it write, step by step. RUN is a run "
+        "folder, which `new` makes in $PILELINE_RUNS (default: runs/). Blocks are read from $PILELINE_DATA "
+        "(default: data/).",
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    step = steps.add_parser("new", help="make the run folder of a recipe, and print it")
+    step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
+
+    step = steps.add_parser(
+        "train",
+        help="train to the recipe's last step, or go on from the newest checkpoint",
+        description="Train to the recipe's last step, or go on from the newest checkpoint. Ctrl-C saves and stops. "
+        "For several GPUs: torchrun --nproc-per-node N -m models train RUN",
+    )
+    _run_arguments(step, events=True)
+
+    step = steps.add_parser("evaluate", help="bits per byte of held-out documents, per subset")
+    _run_arguments(step, events=True)
+
+    step = steps.add_parser(
+        "smoke", help="continue the recipe's prompts and check what comes (exit code 2: it failed)"
+    )
+    _run_arguments(step, events=True)
+
+    step = steps.add_parser("generate", help="continue a prompt")
+    _run_arguments(step, events=False)
+    step.add_argument("prompt", metavar="PROMPT", help='text to continue; "" starts a new document')
+    step.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    step.add_argument("--max-new-tokens", type=_count, help="default: the recipe's")
+    step.add_argument(
+        "--temperature", type=_positive, help="below 1: safer, above 1: wilder; default: the recipe's"
+    )
+    step.add_argument(
+        "--top-p",
+        type=_share,
+        help="draw from the likeliest tokens with this much probability together; default: the recipe's",
+    )
+    step.add_argument("--seed", type=int, help="another seed, another text; default: the recipe's")
+
+    arguments = vars(parser.parse_args())
+    run: dict[str, Callable[..., int]] = {
+        "new": _new,
+        "train": _train,
+        "evaluate": _evaluate,
+        "smoke": _smoke,
+        "generate": _generate,
+    }
+    return run[arguments.pop("step")](**arguments)
+
+
+def _run_arguments(step: argparse.ArgumentParser, *, events: bool) -> None:
+    step.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    step.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    if events:
+        step.add_argument("--events", action="store_true", help="report progress and result as JSON lines")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 (for no randomness use --greedy)")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _new(recipe: str) -> int:
+    path = recipe_path(recipe)
+    settings = RunSettings.read(path)
+    corpus = settings.corpus
+    lock = load_lock(corpus, data_root())
+    inputs = lock.fingerprint((*corpus.train, *corpus.val, *corpus.test)) + PREPARE_VERSION
+    text = runs.recipe_text(settings, str(read_toml(path).get("description", "")))
+    print(runs.create(path.stem, text, inputs, runs.runs_root()))
+    return 0
+
+
+# torch takes a second or two to import: only the steps that need it do.
+
+
+def _train(run: Path, device: Any, events: bool) -> int:
+    from models.train import Stopped, say_stopped, train
+
+    done = train(run, device, events=events)
+    first = os.environ.get("RANK", "0") == "0"
+    if isinstance(done, Stopped):
+        return say_stopped(done, aloud=first)
+    if not first:
+        return 0
+    if events:
+        emit("result", **done)
+        return 0
+    state = "step {step:,} was reached before" if done["skipped"] else "done: step {step:,}"
+    print(
+        f"{state}, {{val_bpb:.3f}} bits per byte (untrained {{untrained_val_bpb:.3f}}), {{checkpoint}}".format(
+            **done
+        )
+    )
+    return 0
+
+
+def _evaluate(run: Path, device: Any, events: bool) -> int:
+    from models.evaluate import evaluate
+
+    scores = evaluate(run, device, events=events)
+    if events:
+        emit("result", **scores)
+        return 0
+    print(f"{'subset':<28} {'documents':>10} {'bytes':>12} {'bits per byte':>14}")
+    for name, one in (*scores["subsets"].items(), ("all", scores)):
+        print(f"{name:<28} {one['documents']:>10,} {one['bytes']:>12,} {one['bits_per_byte']:>14.4f}")
+    print(scores["file"])
+    return 0
+
+
+def _smoke(run: Path, device: Any, events: bool) -> int:
+    from models.smoke import smoke
+
+    told = smoke(run, device)
+    if events:
+        emit("result", **told)
+        return 0
+    for sample in told["samples"]:
+        print(
+            f"--- {sample['method']}, {sample['new_tokens']} new tokens\n{sample['prompt']}{sample['text']}"
+        )
+    for check in told["checks"]:
+        print(f"passed: {check['check']}")
+    print(told["file"])
+    return 0
+
+
+def _generate(
+    run: Path,
+    device: Any,
+    prompt: str,
+    greedy: bool,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+) -> int:
+    from models.generate import Sampling, write
+    from models.trained import open_run
+
+    trained = open_run(run, device)
+    recipe = trained.settings.generate
+    sampling = Sampling(
+        temperature or recipe.temperature, top_p or recipe.top_p, recipe.seed if seed is None else seed
+    )
+    written = write(
+        trained.decoder,
+        trained.tokenizer,
+        prompt,
+        max_new_tokens or recipe.max_new_tokens,
+        None if greedy else sampling,
+    )
+    print(prompt + written.text)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

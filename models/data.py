@@ -1,0 +1,88 @@
+"""Which blocks a step trains on, and as what tensors.
+
+The order is a pure function of (seed, step): blocks are numbered in an endless row of epochs, each a
+permutation of its own, and step s takes the s-th group of `batch`.  Nothing has to be saved to go on, and
+neither the number of processes nor of micro-batches changes what a step sees.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from corpora.blocks import Blocks
+from corpora.errors import InputError
+from models.decoder import IGNORED
+from models.settings import Model
+
+
+class Order:
+    """The blocks of each step."""
+
+    def __init__(self, blocks: int, batch: int, seed: int) -> None:
+        if blocks < batch:
+            raise InputError(
+                f"the train shards have {blocks} blocks, a step takes {batch}; "
+                f"lower train.batch to at most {blocks}, or train on more shards"
+            )
+        self.blocks, self.batch, self.seed = blocks, batch, seed
+        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
+
+    def step(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the indices of step `step`, counted from 0."""
+        places = np.arange(step * self.batch, (step + 1) * self.batch)
+        return np.array([self._epoch(int(p) // self.blocks)[int(p) % self.blocks] for p in places])
+
+    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._epochs:
+            # A step spans at most two epochs, so older ones are not needed again.
+            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._epochs[epoch] = generator.permutation(self.blocks)
+        return self._epochs[epoch]
+
+
+def check_fits(blocks: Blocks, model: Model) -> None:
+    """Refuse blocks that the model has no positions or no rows of the embedding for."""
+    if blocks.length - 1 > model.context:
+        raise InputError(
+            f"blocks of {blocks.length} ids need a context of {blocks.length - 1}, model.context is {model.context}"
+        )
+    made = blocks.metadata.get("tokenizer", {})
+    if made.get("vocab_size", 0) > model.vocab:
+        raise InputError(
+            f"the blocks were made by a tokenizer of {made['vocab_size']} ids, but model.vocab is {model.vocab}; "
+            f"set model.vocab to at least {made['vocab_size']}"
+        )
+
+
+def batch(
+    blocks: Blocks, indices: npt.NDArray[np.int64], vocab: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets [n, length - 1]: each row without its last id, and without its first.
+
+    A target that is padding becomes IGNORED.  An id outside the vocabulary is an error here, by name,
+    because a GPU would only tell of a failed assertion and lose the whole process.
+    """
+    rows, tokens = blocks.rows(indices)
+    if (largest := int(rows.max())) >= vocab:
+        block = int(indices[int(rows.max(axis=1).argmax())])
+        raise InputError(
+            f"block {block} holds id {largest}, but model.vocab is {vocab}; "
+            f"set model.vocab to more than {largest}, or prepare the shards again"
+        )
+    ids = torch.from_numpy(rows.astype(np.int64))
+    targets = ids[:, 1:].clone()
+    targets[torch.arange(1, blocks.length) >= torch.from_numpy(tokens)[:, None]] = IGNORED
+    return ids[:, :-1].to(device), targets.to(device)
+
+
+def micro_batches(
+    indices: npt.NDArray[np.int64], rank: int, processes: int, size: int | None
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield this process's share of a step's indices, at most `size` at a time."""
+    own = indices[rank::processes]
+    for start in range(0, len(own), size or len(own)):
+        yield own[start : start + (size or len(own))]

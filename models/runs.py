@@ -1,0 +1,83 @@
+"""Run folders: RUNS/<recipe>-<8 hex>, where the hex stands for the recipe's text and its inputs' hashes."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from corpora.errors import InputError
+from corpora.files import write_aside
+from models.settings import RunSettings
+
+STEP = re.compile(r"step-(\d{7,})")
+
+
+def runs_root() -> Path:
+    """Return the folder of all runs: $PILELINE_RUNS, or runs/ in the working directory."""
+    return Path(os.environ.get("PILELINE_RUNS") or "runs")
+
+
+def run_folder(name: str, toml: str, inputs: str, runs: Path) -> Path:
+    """Return the folder of a recipe over these inputs; nothing is written."""
+    return runs / f"{name}-{hashlib.sha256((toml + inputs).encode()).hexdigest()[:8]}"
+
+
+def create(name: str, toml: str, inputs: str, runs: Path) -> Path:
+    """Make the run folder with its recipe.toml, or find it made; return it."""
+    folder = run_folder(name, toml, inputs, runs)
+    recipe = folder / "recipe.toml"
+    if not (recipe.is_file() and recipe.read_text("utf-8") == toml):
+        with write_aside(recipe) as aside:
+            aside.write_text(toml, "utf-8")
+    return folder
+
+
+def recipe_text(settings: RunSettings, description: str) -> str:
+    """Return a recipe as TOML with every default written out, single keys before tables."""
+    tables: dict[str, Any] = {"description": description}
+    tables |= settings.model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps(dict(sorted(tables.items(), key=lambda item: isinstance(item[1], dict))))
+
+
+def read_settings(run: Path) -> RunSettings:
+    """Read the recipe of a run folder."""
+    recipe = run / "recipe.toml"
+    if not recipe.is_file():
+        raise InputError(
+            f"{run} is not a run folder (no recipe.toml in it); make one: python -m models new RECIPE"
+        )
+    return RunSettings.read(recipe)
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Return the complete checkpoints of a run by step, oldest first."""
+    found = []
+    for folder in (run / "checkpoints").glob("step-*"):
+        match = STEP.fullmatch(folder.name)
+        if match and (folder / "state.json").is_file():  # the folder got its name after its last file
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Return the folder of the checkpoint with the most steps, or None."""
+    found = checkpoints(run)
+    return found[-1][1] if found else None
+
+
+def newest(runs: Path) -> dict[str, Path]:
+    """Return, for each recipe that has one, the run folder whose latest checkpoint was written last."""
+    written: dict[str, tuple[int, Path]] = {}
+    for recipe in sorted(runs.glob("*/recipe.toml")):
+        run = recipe.parent
+        checkpoint = latest_checkpoint(run)
+        name, dash, digest = run.name.rpartition("-")
+        if checkpoint is None or not dash or not re.fullmatch("[0-9a-f]{8}", digest):
+            continue
+        time = (checkpoint / "state.json").stat().st_mtime_ns
+        if name not in written or time > written[name][0]:
+            written[name] = (time, run)
+    return {name: run for name, (_, run) in written.items()}
