@@ -1,0 +1,117 @@
+"""From raw text shards to a trained, tested language model: the whole way in one flow.
+
+prefect deployment run pretrain/13m        with `make serve` running
+python -m flows.pretrain demo --steps 60   without any server of yours
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, runtime, unmapped
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from corpora.errors import InputError, run_cli
+from deployments import recipe as recipes
+from flows import cli
+from tasks import child, logs, report
+from tasks.begin import begin
+from tasks.evaluate import evaluate
+from tasks.fetch import fetch
+from tasks.generate import generate
+from tasks.outcome import every_shard
+from tasks.prepare import prepare
+from tasks.train import train
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def run_name() -> str:
+    """Name the flow run after its recipe, which may be a path."""
+    return f"pretrain-{Path(runtime.flow_run.parameters['recipe']).stem}"
+
+
+@flow(name="pretrain", flow_run_name=run_name)
+def pretrain(
+    recipe: str = "demo",
+    shards: int | None = None,
+    steps: int | None = None,
+    device: Device = "auto",
+    workers: int = 2,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fetch, prepare, train, evaluate and generate, as one recipe says.
+
+    What was done before is found on disk and skipped, so a run that was stopped goes on where it was.
+
+    Args:
+        recipe: A recipe in deployments/ by its name, or a path to a .toml file.
+        shards: Train on this many of the recipe's train shards only.
+        steps: Train for this many steps instead of the recipe's.
+        device: Where the model runs; auto takes a GPU when there is one.
+        workers: Shards that are worked on at the same time, each in a process of its own.
+        overrides: Other keys of the recipe to change, such as {"train.lr": 0.003}.
+    """
+    logs.begin()
+    child.allow()
+    settings = choose(recipe, shards, steps, workers, overrides)
+    run = begin(Path(recipe).stem, settings, settings.toml())
+
+    corpus = settings.corpus
+    names = [*corpus.train, *corpus.val, *corpus.test]
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
+    with runner:
+        fetched = runner.map(fetch, {"corpus": unmapped(corpus), "shard": names})
+        prepared = runner.map(prepare, {"run": unmapped(run), "shard": names, "fetched": fetched})
+        shards_done = every_shard(names, fetched, prepared)
+    report.ledger(run, shards_done)
+
+    trained = train(run, device, return_state=True).result()
+    scores = evaluate(run, device)
+    generate(run, device)
+    return {
+        "run": str(run),
+        "step": trained["step"],
+        "bits_per_byte": scores["bits_per_byte"],
+        "untrained_bits_per_byte": trained["untrained_val_bpb"],
+    }
+
+
+def choose(
+    recipe: str, shards: int | None, steps: int | None, workers: int, overrides: dict[str, Any] | None
+) -> recipes.Recipe:
+    """Load the recipe with the flow's parameters put in."""
+    changes = dict(overrides or {})
+    if workers < 1:
+        raise InputError(f"workers is {workers}; at least 1 is needed")
+    if shards is not None:
+        train_shards = recipes.load(recipe, changes).corpus.train
+        if not 1 <= shards <= len(train_shards):
+            raise InputError(f"shards is {shards}; recipe {recipe} has {len(train_shards)} train shards")
+        changes["corpus.train"] = list(train_shards[:shards])
+    if steps is not None:
+        changes["train.steps"] = steps
+    return recipes.load(recipe, changes)
+
+
+def main() -> None:
+    """Run the flow from a terminal."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pretrain", description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe", nargs="?", default="demo", help="name in deployments/, or a .toml file")
+    parser.add_argument("--shards", type=int, help="train on the first SHARDS train shards only")
+    parser.add_argument("--steps", type=int, help="train for STEPS steps instead of the recipe's")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--workers", type=int, default=2, help="shards worked on at the same time")
+    arguments = parser.parse_args()
+    choose(arguments.recipe, arguments.shards, arguments.steps, arguments.workers, None)
+    with cli.reachable_server():
+        done = pretrain(**vars(arguments))
+    print(
+        f"\n{done['bits_per_byte']:.3f} bits per byte on held-out text after {done['step']:,} steps "
+        f"(untrained: {done['untrained_bits_per_byte']:.3f})\n"
+        f'try it: python -m models generate {done["run"]} "The following"'
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,84 @@
+"""Train, in a child process: the command that a person would type."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import get_client, task
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+
+from tasks import child, report
+from tasks.outcome import transient, up_to_date
+from tasks.progress import Ring, artifact_key
+
+log = logging.getLogger(__name__)
+
+CURVE_EVERY = 180.0  # seconds between two pictures of the loss while training runs
+
+
+@task(
+    task_run_name="train {run.name}",
+    retries=2,
+    retry_delay_seconds=30,
+    retry_condition_fn=transient,  # the trainer goes on from its last checkpoint
+    cache_policy=NO_CACHE,
+    tags=["train"],
+)
+def train(run: Path, device: str) -> dict[str, Any]:
+    """Train to the recipe's last step.  Call it directly: only the main thread hears of a cancel."""
+    ring = Ring(artifact_key(run.name, "train"), f"train {run.name}")
+    pictured = time.monotonic()
+
+    def told(event: child.Event) -> None:
+        nonlocal pictured
+        if event["event"] != "metrics":
+            return
+        log.info("%s", _line(event))
+        ring.tell(event["step"], event["steps"])
+        if time.monotonic() - pictured >= CURVE_EVERY:
+            pictured = time.monotonic()
+            report.publish_curve(run)
+
+    with slot("gpu"):
+        trained = child.run(child.python("models", "train", run, "--device", device, "--events"), told)
+    report.publish_curve(run)
+    if trained["skipped"]:
+        return up_to_date(trained, f"step {trained['step']:,} was reached before")
+    return trained
+
+
+@contextmanager
+def slot(name: str) -> Iterator[None]:
+    """Hold a slot of the server's concurrency limit `name`, where the server has one.
+
+    `make serve` makes it, so that two recipes do not share one device; without a server nothing is limited.
+    """
+    if not _limited(name):
+        yield
+        return
+    with concurrency(name, occupy=1, lease_duration=60):
+        yield
+
+
+def _limited(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True
+
+
+def _line(event: child.Event) -> str:
+    parts = [f"step {event['step']:,}/{event['steps']:,}"]
+    for key, shown in (("loss", "{:.3f}"), ("val_loss", "{:.3f}"), ("val_bpb", "{:.3f}"), ("lr", "{:.2g}")):
+        if event.get(key) is not None:
+            parts.append(f"{key} {shown.format(event[key])}")
+    if event.get("tokens_per_s"):
+        parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
+    return "  ".join(parts)

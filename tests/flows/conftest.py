@@ -1,0 +1,229 @@
+"""A copy of the checkout that serves, as `make serve` does, and a tiny corpus to run through it.
+
+The copy keeps the tests out of the developer's own `.env`, `.prefect/`, `data/` and `runs/`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import zstandard
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("corpora", "deployments", "flows", "models", "tasks")
+LIMIT = 150.0  # seconds until the server and the worker must be up, on a busy machine
+
+
+class Checkout(NamedTuple):
+    """A copy of the project, with data and runs of its own."""
+
+    root: Path
+    environment: Mapping[str, str]
+
+    def run(self, *arguments: str, timeout: float = 150.0) -> "subprocess.CompletedProcess[str]":
+        """Run `python -m ...` as a person would in this folder."""
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start(self, *arguments: str, log: Path) -> "subprocess.Popen[bytes]":
+        """Start `python -m ...` and let it run."""
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=self.root,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def address(self) -> str:
+        """Return the server's address, from where a second terminal has it."""
+        return (self.root / ".env").read_text().rpartition("PREFECT_API_URL=")[2].strip()
+
+    def api(self, path: str, **body: Any) -> Any:
+        """Ask the server."""
+        address = self.address()
+        headers = {"Content-Type": "application/json", "Prefect-Csrf-Client": "tests"}
+        with urllib.request.urlopen(f"{address}/csrf-token?client=tests", timeout=30) as response:
+            headers["Prefect-Csrf-Token"] = json.load(response)["token"]
+        request = urllib.request.Request(f"{address}/{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def wait_for(
+        self, what: str, condition: Callable[[], Any], seconds: float, *processes: "subprocess.Popen[bytes]"
+    ) -> Any:
+        """Wait until `condition()` is true while the processes live; return what it gave."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            value = condition()
+            if value:
+                return value
+            for process in processes:
+                assert process.poll() is None, f"{what}: the process ended with {process.returncode}"
+            time.sleep(0.2)
+        raise AssertionError(f"{what}: not within {seconds:.0f} s")
+
+    def flow_run(self, name: str) -> dict[str, Any]:
+        """Return the newest flow run of this name."""
+        runs = self.api("flow_runs/filter", flow_runs={"name": {"any_": [name]}}, sort="START_TIME_DESC")
+        return dict(runs[0])
+
+    def flow_log(self, flow_run: str) -> str:
+        """Return the lines that the user interface shows for a flow run, once the last one has arrived."""
+
+        def lines() -> list[str]:
+            found = self.api("logs/filter", logs={"flow_run_id": {"any_": [flow_run]}}, sort="TIMESTAMP_ASC")
+            return [str(one["message"]) for one in found]
+
+        self.wait_for("the log", lambda: "Finished in state" in "\n".join(lines()[-1:]), 20)
+        return "\n".join(lines())
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    root = tmp_path_factory.mktemp("checkout")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("prefect.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "PYTHON"))}
+    own |= {
+        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PILELINE_DATA": str(root / "data"),
+        "PILELINE_RUNS": str(root / "runs"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    return Checkout(root, own)
+
+
+@pytest.fixture(scope="session")
+def served(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    """The copy with `python -m deployments.serve` up."""
+    log = tmp_path_factory.mktemp("serve") / "serve.log"
+    process = checkout.start("deployments.serve", log=log)
+    try:
+        checkout.wait_for("serve", lambda: "Pileline serves" in log.read_text(), LIMIT, process)
+        yield checkout
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log.read_text()}") from None
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, log.read_text()
+    assert not (checkout.root / ".env").exists()
+
+
+def make_corpus(folder: Path, shards: Mapping[str, range], broken: Sequence[str] = ()) -> Path:
+    """Write compressed shards and their lock; return the lock's path.
+
+    A broken shard is cut off in the middle, and its hash in the lock is that of the half.
+    """
+    entries = []
+    for shard, numbers in shards.items():
+        lines = [
+            {
+                "text": f"Page {n}. " + "The cat sat on the mat and the dog ran to the park. " * 12,
+                "meta": {"pile_set_name": "cats" if n % 2 else "dogs"},
+            }
+            for n in numbers
+        ]
+        data = zstandard.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        if shard in broken:
+            data = data[: len(data) // 2]
+        path = folder / f"{shard}.jsonl.zst"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        entries.append({"name": shard, "path": f"{shard}.jsonl.zst", "size": len(data), "sha256": sha256})
+    lock = folder / "lock.json"
+    lock.write_text(json.dumps({"corpus": folder.name, "url": ".", "revision": None, "files": entries}))
+    return lock
+
+
+def make_recipe(path: Path, lock: Path, steps: int = 6) -> Path:
+    """Write a recipe of a two-layer model."""
+    path.write_text(
+        f"""
+description = "A tiny model for the tests."
+[corpus]
+name = "{lock.parent.name}"
+train = ["train/00", "train/01"]
+val = ["val"]
+lock = "{lock}"
+[tokenizer]
+kind = "tiktoken"
+name = "r50k_base"
+bos = 50256
+eos = 50256
+[blocks]
+length = 32
+[model]
+norm = "rmsnorm"
+positions = "rope"
+mlp = "swiglu"
+layers = 2
+width = 16
+heads = 2
+ffn = 32
+vocab = 50304
+context = 32
+[train]
+steps = {steps}
+batch = 4
+lr = 0.01
+log_every = 2
+eval_every = 3
+eval_blocks = 4
+save_every = 1000000
+[evaluate]
+bytes = 2000
+[generate]
+prompts = ["The cat"]
+max_new_tokens = 8
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe over three sound shards."""
+    folder = tmp_path_factory.mktemp("tiny")
+    shards = {"train/00": range(40), "train/01": range(40, 80), "val": range(80, 86)}
+    return make_recipe(folder / "tiny.toml", make_corpus(folder / "tiny-corpus", shards))
+
+
+@pytest.fixture(scope="session")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of which one shard was cut in the middle."""
+    folder = tmp_path_factory.mktemp("half")
+    shards = {"train/00": range(40), "train/01": range(40, 80), "val": range(80, 86)}
+    return make_recipe(folder / "half.toml", make_corpus(folder / "half-corpus", shards, broken=["train/01"]))
