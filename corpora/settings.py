@@ -76,7 +76,9 @@ class Clean(Strict):
 class Tokenizer(Strict):
     """[tokenizer] Text to ids, and which ids mark a document's ends."""
 
-    kind: Literal["tiktoken", "sentencepiece"] = "tiktoken"
+    kind: Literal["tiktoken", "sentencepiece"] = Field(
+        default="tiktoken", description="the library that encodes"
+    )
     name: str | None = Field(default=None, description="tiktoken encoding, e.g. r50k_base")
     model: Path | None = Field(
         default=None,

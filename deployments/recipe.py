@@ -7,11 +7,11 @@ them, refuses unknown keys, checks what only the whole can know, and writes the 
 from pathlib import Path
 from typing import Any, Self
 
-import tomli_w
 from pydantic import Field, model_validator
 
 from corpora.errors import InputError
 from corpora.settings import DEPLOYMENTS, parse, read_toml, recipe_path
+from models import runs
 from models.settings import RunSettings
 
 
@@ -35,12 +35,7 @@ class Recipe(RunSettings):
 
     def toml(self) -> str:
         """Return the recipe as TOML with every default written out."""
-        return tomli_w.dumps(_plain(self.model_dump(mode="json", exclude_none=True)))
-
-
-def _plain(tables: dict[str, Any]) -> dict[str, Any]:
-    """Put single keys before tables, as TOML wants them."""
-    return dict(sorted(tables.items(), key=lambda item: isinstance(item[1], dict)))
+        return runs.recipe_text(self, self.description)
 
 
 def names() -> list[str]:

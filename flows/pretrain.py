@@ -5,6 +5,8 @@ python -m flows.pretrain demo --steps 60   without any server of yours
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +74,10 @@ def pretrain(
     return {
         "run": str(run),
         "step": trained["step"],
+        "untrained_val_bpb": trained["untrained_val_bpb"],
+        "val_bpb": trained["val_bpb"],
         "bits_per_byte": scores["bits_per_byte"],
-        "untrained_bits_per_byte": trained["untrained_val_bpb"],
+        "prompt": settings.generate.prompts[0],
     }
 
 
@@ -107,10 +111,18 @@ def main() -> None:
     with cli.reachable_server():
         done = pretrain(**vars(arguments))
     print(
-        f"\n{done['bits_per_byte']:.3f} bits per byte on held-out text after {done['step']:,} steps "
-        f"(untrained: {done['untrained_bits_per_byte']:.3f})\n"
-        f'try it: python -m models generate {done["run"]} "The following"'
+        f"\nBits per byte of held-out text: {done['untrained_val_bpb']:.3f} before training, "
+        f"{done['val_bpb']:.3f} after {done['step']:,} steps (watched blocks); "
+        f"{done['bits_per_byte']:.3f} over documents\n"
+        f"Run folder: {done['run']}\n"
+        f"Let it write: {shlex.join([_python(), '-m', 'models', 'generate', done['run'], done['prompt']])}"
     )
+
+
+def _python() -> str:
+    """Return how a person here calls this Python: .venv/bin/python, when that is where it is."""
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
 
 
 if __name__ == "__main__":

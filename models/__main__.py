@@ -3,6 +3,8 @@
 import argparse
 import math
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,12 +122,19 @@ def _new(recipe: str) -> int:
 
 
 def _train(run: Path, device: Any, events: bool) -> int:
-    from models.train import Stopped, say_stopped, train
+    from models.train import Stopped, train
 
     done = train(run, device, events=events)
     first = os.environ.get("RANK", "0") == "0"
     if isinstance(done, Stopped):
-        return say_stopped(done, aloud=first)
+        if first:
+            print(
+                f"stopped by {signal.Signals(done.signal).name} after step {done.step}, saved in "
+                f"{done.checkpoint}; run the same command again to go on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 128 + done.signal
     if not first:
         return 0
     if events:

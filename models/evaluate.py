@@ -11,6 +11,7 @@ consecutive windows, and a token sees only those before it in its window.
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ from corpora.errors import InputError
 from corpora.files import data_root, write_json
 from corpora.prepare import Document, documents
 from corpora.progress import Progress
-from corpora.settings import DataSettings
 from corpora.tokenizer import Tokenizer
 from models import device, score
 from models.decoder import IGNORED, Decoder
 from models.score import Sums
+from models.settings import RunSettings
 from models.trained import open_run
 
 
@@ -80,7 +81,7 @@ def evaluate(run: Path, wanted: device.Device = "auto", *, events: bool = False)
     total = settings.evaluate.bytes * len(settings.corpus.val)
     tally = Tally()
     with Progress(f"evaluate {run.name}", total, "B", events=events) as progress:
-        found = first_documents(settings, settings.evaluate.bytes)
+        found = first_documents(settings, trained.tokenizer)
         charge(trained.decoder, trained.tokenizer, found, tally, settings.evaluate.batch, dtype, progress)
     nats, size = sum(tally.nats.values()), sum(tally.bytes.values())
     if not math.isfinite(nats):
@@ -102,14 +103,18 @@ def evaluate(run: Path, wanted: device.Device = "auto", *, events: bool = False)
     return scores
 
 
-def first_documents(settings: DataSettings, limit: int) -> Iterator[Document]:
-    """Yield the first documents of each held-out shard, until they have `limit` bytes of text."""
+def first_documents(settings: RunSettings, tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yield the first documents of each held-out shard, or their beginnings, as [evaluate] says."""
+    wanted = settings.evaluate
     for shard in settings.corpus.val:
         size = 0
         for document in documents(settings, shard, data_root()):
+            text = document.text[: wanted.document_chars]
+            if text != document.text:
+                document = replace(document, text=text, ids=tokenizer.encode_document(text))
             yield document
-            size += len(document.text.encode())
-            if size >= limit:
+            size += len(text.encode())
+            if size >= wanted.bytes:
                 break
 
 

@@ -73,8 +73,8 @@ class Train(Strict):
     weight_decay: float = Field(
         default=0.1, ge=0, description="on matrices; never on norms, biases and embeddings"
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW: memory of the gradient")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="of AdamW: memory of its square")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     dtype: Literal["fp32", "bf16", "auto"] = Field(
         default="fp32",
@@ -100,6 +100,11 @@ class Evaluate(Strict):
         ge=1,
         description="score the first documents of each held-out shard, up to this much text",
     )
+    document_chars: int | None = Field(
+        default=None,
+        ge=1,
+        description="score only the beginning of each document, so that more of them are scored; default: all of it",
+    )
     batch: int = Field(default=8, ge=1, description="windows in one forward pass")
 
 
@@ -107,7 +112,9 @@ class Generate(Strict):
     """[generate] The smoke test's samples."""
 
     prompts: tuple[str, ...] = Field(min_length=1, description="an empty prompt starts from the BOS id")
-    max_new_tokens: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(
+        default=64, ge=1, description="where a text that does not end by itself is cut"
+    )
     temperature: float = Field(
         default=0.8, gt=0, description="of the sampled text; a greedy text is made as well"
     )
@@ -117,7 +124,7 @@ class Generate(Strict):
         le=1,
         description="nucleus: the smallest set of ids with this much probability",
     )
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, description="of the sampled text")
 
 
 class ModelSettings(Strict):

@@ -259,15 +259,3 @@ class Trainer:
     def _tell(self, **figures: Any) -> None:
         at = {"step": self.step, "steps": self.settings.train.steps, "tokens": self.tokens}
         self.metrics.add({**at, **figures})
-
-
-def say_stopped(stopped: Stopped, *, aloud: bool) -> int:
-    """Tell where training stopped; return the exit code that shells know."""
-    if aloud:
-        print(
-            f"stopped by {signal.Signals(stopped.signal).name} after step {stopped.step}, saved in "
-            f"{stopped.checkpoint}; run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
-    return 128 + stopped.signal

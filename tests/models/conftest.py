@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from corpora.prepare import prepare
 from corpora.settings import DataSettings
 from models import runs
 from models.settings import RunSettings
+from models.train import train
 
 Make = Callable[..., Path]
 
@@ -113,10 +115,23 @@ def make_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
     monkeypatch.setenv("PILELINE_DATA", str(corpus))
     monkeypatch.setenv("PILELINE_RUNS", str(tmp_path))
 
-    def make(name: str = "tiny", **changes: dict[str, Any]) -> Path:
-        tables = {**TABLES, "corpus": corpus_table(corpus), "tokenizer": tokenizer_table(corpus)}
-        tables = {table: {**keys, **changes.get(table, {})} for table, keys in tables.items()}
-        text = runs.recipe_text(RunSettings.model_validate(tables), "A tiny model for the tests.")
-        return runs.create(name, text, "inputs", tmp_path)
+    return partial(write_run, corpus, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="session")
+def trained_once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that was trained until it writes words; copy it before changing it."""
+    train_table = {"steps": 150, "lr": 0.02, "eval_every": 50}
+    prompts = {"prompts": ["The cat", "", "sat " * 60]}
+    run = write_run(corpus, tmp_path_factory.mktemp("trained"), train=train_table, generate=prompts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PILELINE_DATA", str(corpus))
+        train(run, "cpu")
+    return run
+
+
+def write_run(corpus: Path, folder: Path, name: str = "tiny", **changes: dict[str, Any]) -> Path:
+    tables = {**TABLES, "corpus": corpus_table(corpus), "tokenizer": tokenizer_table(corpus)}
+    tables = {table: {**keys, **changes.get(table, {})} for table, keys in tables.items()}
+    text = runs.recipe_text(RunSettings.model_validate(tables), "A tiny model for the tests.")
+    return runs.create(name, text, "inputs", folder)

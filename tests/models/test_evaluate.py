@@ -115,15 +115,15 @@ def test_a_run_is_scored_and_written_down(make_run: Make, capsys: pytest.Capture
 
 def test_the_eval_set_is_a_hash_of_the_text_alone(make_run: Make) -> None:
     few, more = recipe(make_run, evaluate={"bytes": 700}), recipe(make_run, evaluate={"bytes": 1500})
-    longer = recipe(make_run, blocks={"length": 16}, model={"context": 16})
+    longer = recipe(make_run, evaluate={"bytes": 700}, blocks={"length": 16}, model={"context": 16})
 
-    def eval_set(settings: RunSettings, limit: int) -> str:
+    def eval_set(settings: RunSettings) -> str:
         tally = Tally()
-        for document in evaluate.first_documents(settings, limit):
+        for document in evaluate.first_documents(settings, load(settings.tokenizer)):
             tally.add(document)
         return tally.text.hexdigest()
 
-    assert eval_set(few, 700) == eval_set(longer, 700) != eval_set(more, 1500)
+    assert eval_set(few) == eval_set(longer) != eval_set(more)
 
 
 def test_held_out_loss_in_training_is_that_of_the_blocks(make_run: Make) -> None:
@@ -135,3 +135,14 @@ def test_held_out_loss_in_training_is_that_of_the_blocks(make_run: Make) -> None
     size = sum(len(d.text.encode()) for d in documents(trained.settings, "v", data_root()))
     # Blocks cut the text in other places than documents do, so the two agree only roughly.
     assert result["val_bpb"] == pytest.approx(total / math.log(2) / size, rel=0.1)
+
+
+def test_only_the_beginnings_are_scored_where_the_recipe_says_so(make_run: Make) -> None:
+    run = make_run(evaluate={"bytes": 60, "document_chars": 20})
+    settings = runs.read_settings(run)
+    whole = [document.text for document in documents(settings, "v", data_root())]
+    tokenizer = load(settings.tokenizer)
+    found = list(evaluate.first_documents(settings, tokenizer))
+    assert [document.text for document in found] == [text[:20] for text in whole[:3]]
+    for document in found:
+        assert document.ids.tolist() == tokenizer.encode_document(document.text).tolist()
