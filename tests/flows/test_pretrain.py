@@ -50,7 +50,7 @@ def test_what_is_done_is_not_done_again(trained: Any, tiny: Path) -> None:
     again = trained.run("flows.pretrain", str(tiny))
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("Finished in state UpToDate(") == 7  # fetch and prepare three shards, train
-    assert "bits per byte on held-out text after 6 steps (untrained: " in again.stdout
+    assert " after 6 steps (watched blocks); " in again.stdout
 
 
 def test_one_bad_shard_fails_the_flow_by_its_name(served: Any, half: Path) -> None:
