@@ -1,0 +1,35 @@
+"""Before any work: the run folder, and the faults that can be known without it."""
+
+from pathlib import Path
+
+import pytest
+
+from corpora.errors import InputError
+from deployments import recipe
+from tasks.begin import begin
+
+
+def test_the_run_folder_holds_the_recipe_as_run(
+    demo_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILELINE_DATA", str(demo_corpus))
+    monkeypatch.setenv("PILELINE_RUNS", str(tmp_path))
+    settings = recipe.load("demo", {"train.steps": 7})
+    run = begin.fn("demo", settings, settings.toml())
+    assert run.parent == tmp_path
+    assert recipe.load(run / "recipe.toml") == settings
+    assert begin.fn("demo", settings, settings.toml()) == run
+    other = recipe.load("demo", {"train.steps": 8})
+    assert begin.fn("demo", other, other.toml()) != run
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(
+    demo_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PILELINE_DATA", str(demo_corpus))
+    monkeypatch.setenv("PILELINE_RUNS", str(tmp_path))
+    settings = recipe.load("demo")
+    small = settings.model_copy(update={"model": settings.model.model_copy(update={"vocab": 50256})})
+    with pytest.raises(InputError, match=r"the tokenizer has 50257 ids, but model\.vocab is 50256"):
+        begin.fn("demo", small, small.toml())
+    assert list(tmp_path.iterdir()) == []
