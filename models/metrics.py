@@ -1,6 +1,7 @@
 """RUN/metrics.jsonl: one line for each logged step, and the same as an event or a line for a person."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,13 @@ class Metrics:
 
 
 def readable(line: dict[str, Any]) -> str:
-    """Return a line for a person."""
+    """Return a line for a person, with the time that the steps left will take (scoring not counted)."""
     parts = [f"step {line['step']:,}/{line['steps']:,}"]
     shown = {"loss": "loss {:.3f}", "val_loss": "held-out loss {:.3f}", "val_bpb": "{:.3f} bits per byte"}
     shown |= {"lr": "lr {:.2g}", "grad_norm": "gradient {:.2f}", "tokens_per_s": "{:,.0f} tokens/s"}
     parts += [form.format(line[key]) for key, form in shown.items() if line.get(key) is not None]
+    if line.get("tokens_per_s") and line["step"] < line["steps"]:
+        tokens_left = (line["steps"] - line["step"]) * line["tokens"] / line["step"]
+        left = timedelta(seconds=round(tokens_left / line["tokens_per_s"]))
+        parts.append(f"{left} left")
     return "  ".join(parts)

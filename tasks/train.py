@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
+from models.metrics import readable
 from tasks import child, report
 from tasks.outcome import transient, up_to_date
 from tasks.progress import Ring, artifact_key
@@ -38,7 +39,7 @@ def train(run: Path, device: str) -> dict[str, Any]:
         nonlocal pictured
         if event["event"] != "metrics":
             return
-        log.info("%s", _line(event))
+        log.info("%s", readable(event))
         ring.tell(event["step"], event["steps"])
         if time.monotonic() - pictured >= CURVE_EVERY:
             pictured = time.monotonic()
@@ -72,13 +73,3 @@ def _limited(name: str) -> bool:
         except ObjectNotFound:
             return False
     return True
-
-
-def _line(event: child.Event) -> str:
-    parts = [f"step {event['step']:,}/{event['steps']:,}"]
-    for key, shown in (("loss", "{:.3f}"), ("val_loss", "{:.3f}"), ("val_bpb", "{:.3f}"), ("lr", "{:.2g}")):
-        if event.get(key) is not None:
-            parts.append(f"{key} {shown.format(event[key])}")
-    if event.get("tokens_per_s"):
-        parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
-    return "  ".join(parts)
