@@ -24,7 +24,7 @@ from corpora.prepare import blocks_fingerprint, open_blocks
 from corpora.tokenizer import Tokenizer, load
 from models import checkpoint, data, device, score
 from models.checkpoint import OPTIMIZER, WEIGHTS, Scores, State
-from models.decoder import IGNORED, Decoder
+from models.decoder import IGNORED, Decoder, count_parameters
 from models.metrics import Metrics
 from models.optimize import Optimizers, learning_rate
 from models.processes import Processes, Stop, join, only_trainer
@@ -249,7 +249,7 @@ class Trainer:
             settings=checkpoint.decisive(self.settings),
             data=self.fingerprint,
             tokenizer=self.tokenizer.fingerprint,
-            parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
+            parameters=count_parameters(self.settings.model),
             made_on="",
             untrained=untrained,
             scores=untrained,

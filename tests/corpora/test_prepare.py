@@ -257,27 +257,30 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny: Tiny, tmp_path: 
     command = [sys.executable, "-m", "corpora", "prepare", str(recipe), "--shard", "a"]
     environment = {**os.environ, "PILELINE_DATA": str(data)}
 
-    def run(seconds: float | None) -> int:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            return child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
-            return child.wait()
-
-    start = time.monotonic()
-    assert run(None) == 0
-    took = time.monotonic() - start
     blocks = data / "tiny" / "blocks"
+
+    def run(kill_at: int | None = None) -> int:
+        """Prepare; with `kill_at`, SIGKILL once that many bytes of blocks are written."""
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        while kill_at is not None and child.poll() is None:
+            if any(path.stat().st_size >= kill_at for path in blocks.rglob(".part-0000.arrow.*.part")):
+                child.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        return child.wait()
+
+    assert run() == 0
     whole = tree(blocks)
-    killed = 0
-    for n in range(4):
-        for path in blocks.rglob("*"):
-            path.unlink() if path.is_file() else None
-        killed += run(took * (0.5 + n * 0.12)) == -signal.SIGKILL
-        assert run(None) == 0
+    (part,) = blocks.rglob("part-0000.arrow")
+    size = part.stat().st_size
+    for share in (0, 0.3, 0.6):
+        for path in [path for path in blocks.rglob("*") if path.is_file()]:
+            path.unlink()
+        assert run(kill_at=int(share * size)) == -signal.SIGKILL
+        left = list(tree(blocks))
+        assert left and all(name.endswith(".part") for name in left)
+        assert run() == 0
         assert tree(blocks) == whole
-    assert killed >= 2
 
 
 def test_totals_add_up(tiny: Tiny) -> None:
