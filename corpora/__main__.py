@@ -14,7 +14,7 @@ from corpora.ledger import check_laws, total
 from corpora.lock import load_lock
 from corpora.prepare import block_files, prepare
 from corpora.progress import Progress, emit
-from corpora.settings import Corpus, DataSettings
+from corpora.settings import DataSettings
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def _build_demo() -> int:
 def _fetch(recipe: str, shard: list[str] | None) -> int:
     settings = DataSettings.read(recipe)
     lock = load_lock(settings.corpus, data_root())
-    for name in shard or _shards(settings.corpus):
+    for name in shard or settings.corpus.shards:
         with Progress(f"fetch {name}", lock.entry(name).size, "B") as progress:
             receipt, skipped = fetch(settings.corpus, name, data_root(), progress.add)
         print(f"{name}: {receipt.size:,} bytes, sha256 {receipt.sha256}{' (up to date)' if skipped else ''}")
@@ -84,7 +84,7 @@ def _fetch(recipe: str, shard: list[str] | None) -> int:
 def _prepare(recipe: str, shard: list[str] | None, events: bool) -> int:
     settings = DataSettings.read(recipe)
     lock = load_lock(settings.corpus, data_root())
-    for name in shard or _shards(settings.corpus):
+    for name in shard or settings.corpus.shards:
         with Progress(f"prepare {name}", lock.entry(name).size, "B", events=events) as progress:
             done = prepare(settings, name, data_root(), progress.add)
         ledger = done.manifest["ledger"]
@@ -96,10 +96,6 @@ def _prepare(recipe: str, shard: list[str] | None, events: bool) -> int:
             f"{name}: {ledger['kept']:,} documents, {ledger['blocks']:,} blocks, {done.manifest_path.parent}{state}"
         )
     return 0
-
-
-def _shards(corpus: Corpus) -> tuple[str, ...]:
-    return (*corpus.train, *corpus.val, *corpus.test)
 
 
 def _stats(folder: Path) -> int:

@@ -50,9 +50,14 @@ class Corpus(Strict):
         default="meta.pile_set_name", description="dotted JSON path of the subset's name"
     )
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """All shards, train first."""
+        return (*self.train, *self.val, *self.test)
+
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> Self:
-        shards = (*self.train, *self.val, *self.test)
+        shards = self.shards
         twice = sorted({s for s in shards if shards.count(s) > 1})
         if twice:
             raise ValueError(f"shard {twice[0]!r} is listed twice in train, val and test")

@@ -60,7 +60,7 @@ def pretrain(
     run = begin(Path(recipe).stem, settings, settings.toml())
 
     corpus = settings.corpus
-    names = [*corpus.train, *corpus.val, *corpus.test]
+    names = corpus.shards
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
     with runner:
         fetched = runner.map(fetch, {"corpus": unmapped(corpus), "shard": names})

@@ -11,8 +11,6 @@ from typing import Any
 
 from corpora.errors import run_cli
 from corpora.files import data_root
-from corpora.lock import load_lock
-from corpora.prepare import PREPARE_VERSION
 from corpora.progress import emit
 from corpora.settings import read_toml, recipe_path
 from models import runs
@@ -110,9 +108,7 @@ def _count(text: str) -> int:
 def _new(recipe: str) -> int:
     path = recipe_path(recipe)
     settings = RunSettings.read(path)
-    corpus = settings.corpus
-    lock = load_lock(corpus, data_root())
-    inputs = lock.fingerprint((*corpus.train, *corpus.val, *corpus.test)) + PREPARE_VERSION
+    inputs = runs.inputs_of(settings.corpus, data_root())
     text = runs.recipe_text(settings, str(read_toml(path).get("description", "")))
     print(runs.create(path.stem, text, inputs, runs.runs_root()))
     return 0

@@ -10,6 +10,9 @@ import tomli_w
 
 from corpora.errors import InputError
 from corpora.files import write_aside
+from corpora.lock import load_lock
+from corpora.prepare import PREPARE_VERSION
+from corpora.settings import Corpus
 from models.settings import RunSettings
 
 STEP = re.compile(r"step-(\d{7,})")
@@ -33,6 +36,11 @@ def create(name: str, toml: str, inputs: str, runs: Path) -> Path:
         with write_aside(recipe) as aside:
             aside.write_text(toml, "utf-8")
     return folder
+
+
+def inputs_of(corpus: Corpus, data: Path) -> str:
+    """Return what stands for a run's data before it is prepared: its shards' hashes, and the step's version."""
+    return load_lock(corpus, data).fingerprint(corpus.shards) + PREPARE_VERSION
 
 
 def recipe_text(settings: RunSettings, description: str) -> str:

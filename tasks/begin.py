@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from corpora import demo, files, lock, prepare, tokenizer
+from corpora import demo, files, tokenizer
 from corpora.errors import InputError
 from models import runs
 from models.settings import RunSettings
@@ -23,14 +23,12 @@ def begin(name: str, settings: RunSettings, toml: str) -> Path:
     data, corpus = files.data_root(), settings.corpus
     if corpus.name == "demo" and corpus.lock is None:
         demo.build(data)
-    locked = lock.load_lock(corpus, data)
     vocabulary = tokenizer.load(settings.tokenizer).vocab_size
     if vocabulary > settings.model.vocab:
         raise InputError(
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "
             f"set model.vocab to at least {vocabulary}"
         )
-    inputs = locked.fingerprint((*corpus.train, *corpus.val, *corpus.test)) + prepare.PREPARE_VERSION
-    run = runs.create(name, toml, inputs, runs.runs_root())
+    run = runs.create(name, toml, runs.inputs_of(corpus, data), runs.runs_root())
     log.info("run folder %s", run)
     return run
