@@ -1,20 +1,25 @@
 """The data steps by hand, without Prefect:  python -m corpora STEP --help"""
 
 import argparse
+import itertools
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corpora import blocks, demo, verify
-from corpora.errors import InputError, run_cli
+from corpora import blocks, demo, estimate, sources, verify
+from corpora.download import Patience, part_of
+from corpora.errors import EXIT_INPUT, InputError, PilelineError, run_cli
 from corpora.fetch import fetch
 from corpora.files import data_root, write_aside, write_json
 from corpora.ledger import check_laws, total
-from corpora.lock import load_lock
+from corpora.lock import built_in, load_lock
+from corpora.parallel import cores, each
 from corpora.prepare import block_files, prepare
 from corpora.progress import Progress, emit
-from corpora.settings import DataSettings
+from corpora.receipts import Receipt, raw_path, read_receipt
+from corpora.settings import DEPLOYMENTS, Corpus, DataSettings
 
 
 def main() -> int:
@@ -28,10 +33,38 @@ def main() -> int:
 
     steps.add_parser("build-demo", help="build the demo corpus from the Python on this machine")
 
-    step = steps.add_parser("fetch", help="download and verify a recipe's shards")
+    step = steps.add_parser("list", help="show the corpora and recipes there are, or the shards of one")
+    step.add_argument("name", metavar="CORPUS|RECIPE", nargs="?")
+
+    step = steps.add_parser(
+        "lock",
+        help="ask for the sizes and hashes of a corpus' files, and write its lock",
+        description="Ask the Hugging Face API, a server or a folder for sizes and sha256, and write the lock beside "
+        "the corpus' TOML. What the old lock knows is a pin: figures that contradict it stop the step.",
+    )
+    step.add_argument("corpus", metavar="CORPUS", help="a built-in corpus, or a path ending in .toml")
+    step.add_argument("--out", type=Path, help="write the lock here; default: beside the TOML")
+
+    step = steps.add_parser("estimate", help="tell a recipe's bytes, documents, tokens, disk and hours")
+    step.add_argument("recipe", metavar="RECIPE")
+
+    step = steps.add_parser(
+        "fetch",
+        help="download and verify a recipe's shards, or go on where the last time ended",
+        description="Download and verify a recipe's shards, or go on where the last time ended. "
+        "Exit code 2: something is wrong and stays so; 75: run again later.",
+    )
     step.add_argument("recipe", metavar="RECIPE")
     step.add_argument(
         "--shard", action="append", help="only this shard (may be given again); default: all of the recipe"
+    )
+    step.add_argument("--parallel", type=int, default=4, help="shards at the same time (default: 4)")
+    step.add_argument(
+        "--patience",
+        type=float,
+        default=Patience().total / 60,
+        metavar="MINUTES",
+        help="go on for so long without any progress (default: %(default)g)",
     )
 
     step = steps.add_parser("prepare", help="clean, tokenize and pack fetched shards into blocks")
@@ -44,8 +77,8 @@ def main() -> int:
     step = steps.add_parser("stats", help="show the ledger of prepared shards")
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
 
-    step = steps.add_parser("verify", help="check the hashes and recount the blocks of prepared shards")
-    step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
+    step = steps.add_parser("verify", help="hash fetched and prepared shards anew, and recount the blocks")
+    step.add_argument("folder", metavar="DIR", type=Path, help="any folder with such shards under it")
 
     step = steps.add_parser("convert", help="write prepared blocks in the other format")
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
@@ -55,6 +88,9 @@ def main() -> int:
     arguments = vars(parser.parse_args())
     run: dict[str, Callable[..., int]] = {
         "build-demo": _build_demo,
+        "list": _list,
+        "lock": _lock,
+        "estimate": _estimate,
         "fetch": _fetch,
         "prepare": _prepare,
         "stats": _stats,
@@ -71,14 +107,125 @@ def _build_demo() -> int:
     return 0
 
 
-def _fetch(recipe: str, shard: list[str] | None) -> int:
-    settings = DataSettings.read(recipe)
-    lock = load_lock(settings.corpus, data_root())
-    for name in shard or settings.corpus.shards:
-        with Progress(f"fetch {name}", lock.entry(name).size, "B") as progress:
-            receipt, skipped = fetch(settings.corpus, name, data_root(), progress.add)
-        print(f"{name}: {receipt.size:,} bytes, sha256 {receipt.sha256}{' (up to date)' if skipped else ''}")
+def _list(name: str | None) -> int:
+    if name is None:
+        print("corpora: ", ", ".join(built_in()))
+        print("recipes: ", ", ".join(sorted(path.stem for path in DEPLOYMENTS.glob("*.toml"))))
+        return 0
+    data = data_root()
+    if name in built_in():
+        corpus = Corpus(name=name, train=("x",), val=("y",))
+        shards: tuple[str, ...] = ()
+    else:
+        corpus = DataSettings.read(name).corpus
+        shards = corpus.shards
+    lock = load_lock(corpus, data)
+    print(f"{lock.corpus}: {lock.base}")
+    for entry in lock.files if not shards else map(lock.entry, shards):
+        file = raw_path(corpus.name, entry.name, entry.path, data)
+        receipt, part = read_receipt(file), part_of(file)
+        state = "not here"
+        if file.is_file():
+            stat = file.stat()
+            known = receipt and (receipt.sha256, receipt.size, receipt.mtime_ns)
+            state = (
+                "here"
+                if known == (entry.sha256, stat.st_size, stat.st_mtime_ns)
+                else "changed: fetch it again"
+            )
+        elif part.is_file():
+            state = f"{part.stat().st_size:,} bytes of it here"
+        size = f"{entry.size:,}" if entry.size else f"about {entry.about:,}" if entry.about else "not known"
+        digest = entry.sha256[:16] if entry.sha256 else "not known yet"
+        trust = "" if entry.pinned or not entry.sha256 else " (first use)"
+        print(f"  {entry.name:<12} {size:>21} bytes  sha256 {digest}{trust}  {state}")
     return 0
+
+
+def _lock(corpus: str, out: Path | None) -> int:
+    toml, beside = sources.find(corpus)
+    final = out or beside
+    lock = sources.make_lock(toml, final, data_root(), print)
+    written = lock.model_dump(exclude_defaults=True)
+    if lock.url == final.resolve().parent.as_uri():
+        written["url"] = "."
+    write_json(final, written)
+    unknown = sum(entry.sha256 is None for entry in lock.files)
+    told = f", {unknown} without a sha256: the first download of these will be trusted" if unknown else ""
+    size = sum(entry.size or entry.about or 0 for entry in lock.files)
+    print(f"{final}: {len(lock.files)} shards, {size:,} bytes{told}")
+    return 0
+
+
+def _estimate(recipe: str) -> int:
+    settings, data = DataSettings.read(recipe), data_root()
+    found = estimate.estimate(settings, data)
+    shards = found.shards
+    about = "" if all(shard.prepared for shard in shards) else "about "
+    exact = "" if all(shard.known for shard in shards) else "about "
+    speed, told = estimate.measure_speed(settings, data)
+    hours = found.text_to_prepare / speed / 3600
+    free = estimate.free_bytes(data)
+    print(
+        f"shards     {len(shards)}, {exact}{sum(shard.raw for shard in shards):,} bytes; "
+        f"{exact}{found.download:,} to download\n"
+        f"text       {about}{sum(shard.text for shard in shards):,} bytes, "
+        f"{about}{sum(shard.documents for shard in shards):,} documents\n"
+        f"tokens     {about}{sum(shard.tokens for shard in shards):,}\n"
+        f"disk       about {found.download + found.blocks:,} bytes more (blocks: {found.blocks:,}); {free:,} are free\n"
+        f"prepare    {_duration(hours)} of one core, {_duration(hours / cores())} on the {cores()} of this machine "
+        f"({speed / 1e6:.1f} MB of text per CPU second, measured on {told})"
+    )
+    sys.stdout.flush()
+    # The model's half, by the room that knows models and torch.
+    return subprocess.run([sys.executable, "-m", "models", "estimate", recipe], check=False).returncode
+
+
+def _duration(hours: float) -> str:
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{hours * 60:.1f} min"
+        if hours * 60 >= 1
+        else f"{hours * 3600:.1f} s"
+    )
+
+
+def _fetch(recipe: str, shard: list[str] | None, parallel: int, patience: float) -> int:
+    if parallel < 1 or patience <= 0:
+        raise InputError("--parallel and --patience are numbers above 0")
+    settings, data = DataSettings.read(recipe), data_root()
+    corpus, lock = settings.corpus, load_lock(settings.corpus, data)
+    names = tuple(shard or corpus.shards)
+    found = estimate.estimate(settings, data, names)
+    if found.download:
+        about = "" if all(s.known for s in found.shards) else "about "
+        print(
+            f"{len(names)} shards: {about}{found.download:,} bytes to download, about {found.blocks:,} more for "
+            f"their blocks; {estimate.free_bytes(data):,} are free",
+            file=sys.stderr,
+        )
+    if warning := estimate.check_space(found, data, prepare=False):
+        print(f"warning: {warning}", file=sys.stderr)
+
+    def one(name: str) -> tuple[Receipt, bool]:
+        with Progress(f"fetch {name}", lock.entry(name).size, "B") as progress:
+            return fetch(corpus, name, data, progress.add, Patience(total=patience * 60))
+
+    failed: list[PilelineError] = []
+    for name, result in each(names, one, parallel):
+        if isinstance(result, PilelineError):
+            failed.append(result)
+            print(f"error: {result}", file=sys.stderr)
+            continue
+        receipt, skipped = result
+        trust = " (trusted on first use)" if receipt.trust == "first use" else ""
+        print(
+            f"{name}: {receipt.size:,} bytes, sha256 {receipt.sha256}{trust}{' (up to date)' if skipped else ''}"
+        )
+    return max((error.exit_code for error in failed if isinstance(error, InputError)), default=0) or max(
+        (error.exit_code for error in failed), default=0
+    )
 
 
 def _prepare(recipe: str, shard: list[str] | None, events: bool) -> int:
@@ -138,12 +285,18 @@ def _account(ledger: dict[str, Any]) -> str:
 
 
 def _verify(folder: Path) -> int:
-    found = verify.manifests(folder)
-    faults = [fault for path, manifest in found for fault in verify.faults(path, manifest)]
-    for fault in faults:
+    fetched, prepared = verify.fetched(folder), verify.prepared(folder)
+    if not fetched and not prepared:
+        raise InputError(f"{folder}: neither a fetched nor a prepared shard under it")
+    faults = 0
+    for fault in itertools.chain(
+        *map(verify.raw_faults, fetched),
+        *(verify.faults(path, manifest) for path, manifest in prepared),
+    ):
+        faults += 1
         print(f"error: {fault}", file=sys.stderr)
-    print(f"{folder}: {len(found)} shards verified, {len(faults)} faults")
-    return 2 if faults else 0
+    print(f"{folder}: {len(fetched)} fetched and {len(prepared)} prepared shards verified, {faults} faults")
+    return EXIT_INPUT if faults else 0
 
 
 def _convert(folder: Path, out: Path, format: blocks.Format) -> int:

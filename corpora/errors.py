@@ -6,6 +6,7 @@ PilelineError
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,9 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on from here", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in NO_SPACE:

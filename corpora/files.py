@@ -18,6 +18,21 @@ def data_root() -> Path:
     return Path(os.environ.get("PILELINE_DATA") or "data")
 
 
+def inside(root: Path, relative: str) -> Path:
+    """Return `root`/`relative`; refuse a name that could lead out of `root`, by "..", "/" or a link."""
+    parts = relative.split("/")
+    path = root.joinpath(*parts) if parts else root
+    if {"", ".", ".."} & set(parts) or "\\" in relative or not relative.isprintable():
+        raise InputError(
+            f"{relative[:200]!r} is not a plain name inside {root}; correct the lock or the list"
+        )
+    if not path.parent.resolve().is_relative_to(root.resolve()) or path.is_symlink():
+        raise InputError(
+            f"{path}: a link stands on the way to it; remove the link, or choose another folder for all of it"
+        )
+    return path
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
@@ -29,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 def commit(aside: Path, final: Path) -> None:
     """Give the finished file `aside` its `final` name, durably; both lie on one file system."""
-    handle = os.open(aside, os.O_RDWR)
+    handle = os.open(aside, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

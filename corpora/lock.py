@@ -3,7 +3,9 @@
     {"corpus": "demo", "url": ".", "revision": null,
      "files": [{"name": "train/00", "path": "train/00.jsonl.zst", "size": 5242880, "sha256": "..."}]}
 
-A shard is read from `url`/`path` and kept under its `name`.  The url "." is the lock file's own folder.
+A shard is read from `url`/`path` and kept under its `name`.  The url "." is the lock file's own folder, and
+hf://datasets/OWNER/NAME a repository of the Hugging Face hub, at `revision`.  A sha256 that nobody has told is
+left out: the first download's is trusted then, kept in its receipt, and counts here from that day on.
 """
 
 import json
@@ -16,20 +18,30 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from corpora import hub
 from corpora.errors import InputError
 from corpora.files import sha256_json
+from corpora.receipts import raw_path, read_receipt
 from corpora.settings import SHARD, Corpus, Strict
 
-LOCKS = Path(__file__).resolve().parent / "locks"
+SOURCES = Path(__file__).resolve().parent / "sources"
+FIRST_USE = "the first download, trusted on first use"
 
 
 def check_shard(name: str) -> str:
     """Return the name of a shard, or refuse one that could leave the corpus' folder."""
     if not re.fullmatch(SHARD, name):
         raise ValueError(
-            f"shard name {name[:80]!r} is not word or word/word (of letters, digits, . - _; no dot first)"
+            f"shard name {name[:80]!r} is not word/word/... (of letters, digits, . - _; no dot first)"
         )
     return name
+
+
+def check_path(path: str) -> str:
+    """Return a path relative to a base URL, or refuse one that could lead elsewhere."""
+    if {"", ".", ".."} & set(path.split("/")) or not path.isprintable() or set(path) & set("\\?#%"):
+        raise ValueError("not a plain relative path (no leading /, no .., no \\, ?, # or %)")
+    return path
 
 
 def check_url(url: str) -> str:
@@ -39,8 +51,11 @@ def check_url(url: str) -> str:
         host = parts.hostname
     except ValueError as error:
         raise ValueError(f"{url!r}: {error}") from None
+    if parts.scheme == "hf":
+        hub.repository(url)
+        return url.rstrip("/")
     if parts.scheme not in ("http", "https", "file"):
-        raise ValueError(f"{url!r} is none of http:, https: and file:")
+        raise ValueError(f"{url!r} is none of http:, https:, file: and hf:")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):
         raise ValueError(f"{url!r} is not an absolute path on this machine, as in file:///data/shards")
     if parts.scheme != "file" and not host:
@@ -58,8 +73,24 @@ class Entry(Strict):
     name: str = Field(description="what recipes call it, e.g. train/00")
     path: str = Field(max_length=500, description="file name relative to the base URL")
     size: int | None = Field(default=None, ge=1, strict=True, description="in bytes; left out: not known")
-    sha256: str = Field(description="of the compressed file, 64 hex digits")
+    about: int | None = Field(
+        default=None,
+        ge=1,
+        strict=True,
+        description="roughly its size where that is not known; for estimates only",
+    )
+    sha256: str | None = Field(
+        default=None, description="of the file as it lies there, 64 hex digits; left out: not known"
+    )
     source: str | None = Field(default=None, description="where size and sha256 come from")
+    texts: dict[str, str] = Field(
+        default={}, description="path -> sha256 of the text files that the shard, a tar, is made of"
+    )
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the lock knows the sha256, and not only the first download."""
+        return self.sha256 is not None and self.source != FIRST_USE
 
     @field_validator("name")
     @classmethod
@@ -69,17 +100,22 @@ class Entry(Strict):
     @field_validator("path")
     @classmethod
     def _path_stays_inside(cls, path: str) -> str:
-        parts = path.split("/")
-        if {"", ".", ".."} & set(parts) or not path.isprintable() or set(path) & set("\\?#%"):
-            raise ValueError("not a plain relative path (no leading /, no .., no \\, ?, # or %)")
-        return path
+        return check_path(path)
 
     @field_validator("sha256")
     @classmethod
-    def _sha256_is_one(cls, sha256: str) -> str:
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
+    def _sha256_is_one(cls, sha256: str | None) -> str | None:
+        if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError(f"not 64 hex digits in lower case ({len(sha256)} characters)")
         return sha256
+
+    @field_validator("texts")
+    @classmethod
+    def _texts_stay_inside(cls, texts: dict[str, str]) -> dict[str, str]:
+        for path in texts:
+            if {"", ".", ".."} & set(path.split("/")) or not path.isprintable() or "\\" in path:
+                raise ValueError(f"{path[:80]!r} is not a plain relative path")
+        return texts
 
 
 class Lock(Strict):
@@ -115,13 +151,38 @@ class Lock(Strict):
         known = ", ".join(entry.name for entry in self.files)
         raise InputError(f"corpus {self.corpus}: no shard {name!r} in its lock; it has: {known}")
 
+    @property
+    def base(self) -> str:
+        """The URL that paths are relative to; a repository's depends on HF_ENDPOINT."""
+        return hub.resolve(self.url, self.revision) if self.url.startswith("hf:") else self.url
+
     def url_of(self, entry: Entry) -> str:
         """Return the URL of a shard's file."""
-        return f"{self.url}/{quote(entry.path)}"
+        return f"{self.base}/{quote(entry.path)}"
 
     def fingerprint(self, shards: Iterable[str]) -> str:
         """Return a sha256 that stands for these shards' names and bytes, in this order."""
-        return sha256_json([[name, self.entry(name).sha256] for name in shards])
+        entries = [self.entry(name) for name in shards]
+        unknown = [entry.name for entry in entries if entry.sha256 is None]
+        if unknown:
+            raise InputError(
+                f"corpus {self.corpus}: the sha256 of {', '.join(unknown[:5])} is not known before the first "
+                "download; run: python -m corpora fetch RECIPE (or let `python -m corpora lock` ask for it)"
+            )
+        return sha256_json([[entry.name, entry.sha256] for entry in entries])
+
+    def trusting(self, data: Path) -> Self:
+        """Return this lock with what the receipts of first downloads under `data` say, where it knows nothing."""
+        return self.model_copy(update={"files": tuple(self._trusting(entry, data) for entry in self.files)})
+
+    def _trusting(self, entry: Entry, data: Path) -> Entry:
+        if entry.sha256 is not None:
+            return entry
+        receipt = read_receipt(raw_path(self.corpus, entry.name, entry.path, data))
+        if receipt is None or receipt.trust != "first use" or entry.size not in (None, receipt.size):
+            return entry
+        known = {"sha256": receipt.sha256, "size": receipt.size, "source": FIRST_USE}
+        return entry.model_copy(update=known)
 
 
 def read_lock(path: Path) -> Lock:
@@ -152,21 +213,26 @@ def load_lock(corpus: Corpus, data: Path) -> Lock:
         if not path.is_file():
             raise InputError(f"{path}: the demo corpus is not built; run: python -m corpora build-demo")
     else:
-        path = LOCKS / f"{corpus.name}.json"
+        path = SOURCES / f"{corpus.name}.lock.json"
         if not path.is_file():
-            known = ", ".join(["demo", *sorted(p.stem for p in LOCKS.glob("*.json"))])
             raise InputError(
-                f"corpus {corpus.name!r} brings no lock (built in: {known}); give one: [corpus] lock = PATH"
+                f"corpus {corpus.name!r} brings no lock (built in: {', '.join(built_in())}); "
+                "give one: [corpus] lock = PATH"
             )
     lock = read_lock(path)
     if lock.corpus != corpus.name:
         raise InputError(f"lock {path}: it is of corpus {lock.corpus!r}, the recipe says {corpus.name!r}")
-    if corpus.url is None:
-        return lock
-    try:
-        return lock.model_copy(update={"url": check_url(corpus.url)})
-    except ValueError as error:
-        raise InputError(f"[corpus] url: {error}") from None
+    if corpus.url is not None:
+        try:
+            lock = lock.model_copy(update={"url": check_url(corpus.url)})
+        except ValueError as error:
+            raise InputError(f"[corpus] url: {error}") from None
+    return lock.trusting(data)
+
+
+def built_in() -> list[str]:
+    """Return the names of the corpora that need no lock of yours."""
+    return ["demo", *sorted(path.name.removesuffix(".lock.json") for path in SOURCES.glob("*.lock.json"))]
 
 
 def _explain(tables: Any, error: ValidationError) -> str:

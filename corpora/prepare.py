@@ -17,11 +17,12 @@ import numpy as np
 from corpora import blocks, tokenizer
 from corpora.clean import clean
 from corpora.errors import InputError
-from corpora.fetch import raw_path, verified
+from corpora.fetch import verified
 from corpora.files import read_json, sha256_file, sha256_json, write_aside, write_json
+from corpora.formats import read_shard
 from corpora.ledger import Ledger, check_laws
 from corpora.pack import PACKER, ConcatPacker, Rows
-from corpora.read import BadRecord, Line, parse_record, read_lines
+from corpora.read import BadRecord, Line, parse_record, suffix_of
 from corpora.settings import DataSettings
 
 PREPARE_VERSION = "prepare/1"  # raise it with any change that alters the blocks of the same input
@@ -48,6 +49,10 @@ class Prepared:
 
 def made_with(settings: DataSettings, encoder: tokenizer.Tokenizer) -> dict[str, Any]:
     """Return what decides the blocks of a given input: settings, tokenizer and step version, as JSON."""
+    corpus = settings.corpus
+    fields = [corpus.text_field, corpus.subset_field]
+    if corpus.sample_by != "document":  # the default is left out, as it was before there was a choice
+        fields.append(corpus.sample_by)
     return {
         "clean": settings.clean.model_dump(mode="json"),
         "tokenizer": {
@@ -58,7 +63,7 @@ def made_with(settings: DataSettings, encoder: tokenizer.Tokenizer) -> dict[str,
             "eos": encoder.eos,
         },
         "blocks": settings.blocks.model_dump(mode="json"),
-        "fields": [settings.corpus.text_field, settings.corpus.subset_field],
+        "fields": fields,
         "packer": PACKER,
         "step": PREPARE_VERSION,
     }
@@ -79,10 +84,15 @@ def prepare(
     short or damaged, or that holds no document.
     """
     receipt = verified(settings.corpus, shard, data)
+    path = data / receipt.path
     encoder = tokenizer.load(settings.tokenizer)
     made = made_with(settings, encoder)
     folder = shard_folder(settings, shard, data, made)
     made["input"] = {"corpus": settings.corpus.name, "shard": shard, "sha256": receipt.sha256}
+    if (
+        suffix := suffix_of(path.name)
+    ) != ".jsonl.zst":  # the same bytes under another name are read otherwise
+        made["input"]["format"] = suffix
 
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
@@ -96,10 +106,10 @@ def prepare(
     quarantine = folder / "quarantine.jsonl"
     with write_aside(part) as part_aside, write_aside(quarantine) as quarantine_aside:
         with quarantine_aside.open("w", encoding="utf-8") as bad:
-            documents = _documents(settings, shard, data, encoder, ledger, bad, progress)
+            documents = _documents(settings, shard, path, encoder, ledger, bad, progress)
             digest = _write_blocks(part_aside, settings, made, documents, encoder, ledger)
         if not ledger.kept:
-            raise InputError(_nothing_kept(raw_path(settings.corpus, shard, data), ledger))
+            raise InputError(_nothing_kept(path, ledger))
         outputs = {
             part.name: {"size": part_aside.stat().st_size, "sha256": digest},
             quarantine.name: {
@@ -115,9 +125,9 @@ def prepare(
 
 def documents(settings: DataSettings, shard: str, data: Path) -> Iterator[Document]:
     """Yield a fetched shard's documents, cleaned and encoded by the code that makes the blocks."""
-    verified(settings.corpus, shard, data)
+    path = data / verified(settings.corpus, shard, data).path
     encoder = tokenizer.load(settings.tokenizer)
-    yield from _documents(settings, shard, data, encoder, Ledger(settings.blocks.length), None, None)
+    yield from _documents(settings, shard, path, encoder, Ledger(settings.blocks.length), None, None)
 
 
 def find_manifest(settings: DataSettings, shard: str, data: Path) -> tuple[Path, dict[str, Any]]:
@@ -166,14 +176,14 @@ def _whole(folder: Path, manifest: dict[str, Any]) -> bool:
 def _documents(
     settings: DataSettings,
     shard: str,
-    data: Path,
+    path: Path,
     encoder: tokenizer.Tokenizer,
     ledger: Ledger,
     bad: IO[str] | None,
     progress: Callable[[int], None] | None,
 ) -> Iterator[Document]:
     """Yield the documents to keep and account for every line; write what is quarantined to `bad`."""
-    for line in read_lines(raw_path(settings.corpus, shard, data), progress):
+    for line in read_shard(path, settings.corpus, progress):
         ledger.lines += 1
         try:
             document = _document(line, settings, encoder, ledger)
@@ -266,4 +276,4 @@ def _write_blocks(
 def _nothing_kept(path: Path, ledger: Ledger) -> str:
     reasons = [f"{count} {reason}" for reason, count in (ledger.quarantined + ledger.dropped).most_common(3)]
     why = f"{ledger.lines} lines: {', '.join(reasons)}" if ledger.lines else "it has no lines"
-    return f"{path}: no document to keep ({why}); is it a shard of JSON lines with these field names?"
+    return f"{path}: no document to keep ({why}); do text_field and sample_by in [corpus] fit it?"

@@ -1,16 +1,18 @@
-"""A shard's bytes to its records: zstd, lines, JSON; bounded memory, and no silent end.
+"""A shard's bytes to its records: zstd or gzip, lines, JSON; bounded memory, and no silent end.
 
 Lines end at the byte 0x0A only (never `str.splitlines`, which also splits at U+2028, U+0085 and others), and
-every line is one record: a document, or a named reason why it is none.
+every line is one record: a document, or a named reason why it is none.  What is not JSON lines becomes so in
+corpora.formats.
 """
 
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 import orjson
 import zstandard
@@ -22,9 +24,37 @@ CHUNK = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 UNKNOWN_SUBSET = "unknown"
 
+Format = Literal["lines", "text", "parquet", "tar"]
+FORMATS: dict[str, Format] = {  # by the end of a file's name; .json is C4's and Dolma's name for JSON lines
+    **{f".{name}{packed}": "lines" for name in ("jsonl", "ndjson", "json") for packed in ("", ".gz", ".zst")},
+    **{f".txt{packed}": "text" for packed in ("", ".gz", ".zst")},
+    ".parquet": "parquet",
+    ".tar": "tar",
+}
+MAGIC = {  # what a file begins with, by the last suffix of its name
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),  # or skippable
+    ".gz": (b"\x1f\x8b",),
+    ".parquet": (b"PAR1",),
+}
+
 _END = b"pileline: the shard ends here, and it ends where a frame ends\n" * 2
 _END_FRAME = zstandard.ZstdCompressor(write_checksum=True).compress(_END)
-_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def suffix_of(name: str) -> str | None:
+    """Return the longest known suffix of a file's name, or None."""
+    return max((suffix for suffix in FORMATS if name.endswith(suffix)), key=len, default=None)
+
+
+def wrong_kind(path: Path, kind: str, head: bytes) -> InputError:
+    """Return the error of a file that begins otherwise than its name says."""
+    what = f"is not {kind} data (it begins with {head[:4]!r})" if head else "is empty"
+    return InputError(f"{path} {what}; fetch it again")
+
+
+def damaged(path: Path, what: str) -> InputError:
+    """Return the error of a file that began well."""
+    return InputError(f"{path}: {what}; delete it and fetch it again")
 
 
 class _AndEndFrame(io.RawIOBase):
@@ -63,10 +93,9 @@ class ZstdFile(io.RawIOBase):
         self.file = path.open("rb")
         head = self.file.read(4)
         self.file.seek(0)
-        if head != _MAGIC and not (head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):  # or a skippable frame
+        if not head.startswith(MAGIC[".zst"]):
             self.file.close()
-            what = "is empty" if not head else f"is not zstd data (it begins with {head!r})"
-            raise InputError(f"{path} {what}; fetch it again")
+            raise wrong_kind(path, "zstd", head)
         self.source = _AndEndFrame(self.file, progress)
         self.reader = zstandard.ZstdDecompressor().stream_reader(
             cast(BinaryIO, self.source), read_size=128 << 10, read_across_frames=True
@@ -102,18 +131,97 @@ class ZstdFile(io.RawIOBase):
         what = "the file is cut short (it does not end where a zstd frame ends)"
         if not self.source.file_ended:
             what = f"damaged zstd data ({error})"
-        return InputError(
-            f"{self.path}: {what}, after {self.given:,} bytes of text; delete it and fetch it again"
-        )
+        return damaged(self.path, f"{what}, after {self.given:,} bytes of text")
 
     def close(self) -> None:
         self.file.close()
         super().close()
 
 
+class GzipFile(io.RawIOBase):
+    """Decompress a .gz file, all members of it, and raise when it is cut short or damaged.
+
+    Unlike the standard library's, it takes no zeros behind the last member: they are what a download leaves
+    that reserved its room and did not fill it.
+    """
+
+    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        self.path, self.progress = path, progress
+        self.file = path.open("rb")
+        head = self.file.read(4)
+        self.file.seek(0)
+        if not head.startswith(MAGIC[".gz"]):
+            self.file.close()
+            raise wrong_kind(path, "gzip", head)
+        self.member: zlib._Decompress | None = None
+        self.ready = b""  # compressed bytes, read and not yet used
+        self.given = 0  # bytes given out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if not self.ready:
+                self.ready = self.file.read(128 << 10)
+                if self.progress is not None:
+                    self.progress(len(self.ready))
+            if not self.ready:
+                if self.member is not None:
+                    raise self._fault("the file is cut short (it does not end where a gzip member ends)")
+                return 0
+            if self.member is None:
+                self.member = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip, with its CRC and length
+            try:
+                data = self.member.decompress(self.ready, len(buffer))
+            except zlib.error as error:
+                raise self._fault(f"damaged gzip data ({error})") from None
+            self.ready = self.member.unconsumed_tail
+            if self.member.eof:
+                self.ready, self.member = self.member.unused_data, None
+            if data:
+                buffer[: len(data)] = data
+                self.given += len(data)
+                return len(data)
+
+    def _fault(self, what: str) -> InputError:
+        return damaged(self.path, f"{what}, after {self.given:,} bytes of text")
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class PlainFile(io.FileIO):
+    """Read a file that is not compressed; a cut in it cannot be seen here, only by its sha256."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+        super().__init__(path)
+        self.progress = progress
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        if self.progress is not None and count:
+            self.progress(count)
+        return count
+
+
+def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> io.BufferedReader:
+    """Open a file for reading, decompressed where its name ends in .zst or .gz.
+
+    `progress` is told the bytes read of the file itself.  Opening and reading raise InputError for a
+    compressed file that is of another kind, cut short or damaged.
+    """
+    kinds: dict[str, Callable[..., io.RawIOBase]] = {".zst": ZstdFile, ".gz": GzipFile}
+    return io.BufferedReader(kinds.get(path.suffix, PlainFile)(path, progress), CHUNK)
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a shard, without its newline; `data` is None when it is longer than allowed."""
+    """One line of a shard, without its newline; `data` is None when it is longer than allowed.
+
+    Where a shard is not JSON lines, `data` is the JSON line made of one of its records.
+    """
 
     number: int  # from 1
     offset: int  # of its first byte in the decompressed shard
@@ -124,24 +232,29 @@ class Line:
 def read_lines(
     path: Path, progress: Callable[[int], None] | None = None, max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Line]:
-    """Yield a .zst file's lines; a last line without a newline counts.
+    """Yield a file's lines, decompressed as its name says; a last line without a newline counts.
 
     `progress` is told the compressed bytes read.  Raises InputError for a file that is cut short or damaged.
     """
-    with ZstdFile(path, progress) as raw, io.BufferedReader(raw, CHUNK) as file:
-        number = offset = 0
-        while data := file.readline(max_bytes + 1):
-            number += 1
-            size = len(data)
-            too_long = size > max_bytes and not data.endswith(b"\n")
-            if too_long:
-                while not data.endswith(b"\n") and (data := file.readline(CHUNK)):
-                    size += len(data)
-            whole = size
-            if data.endswith(b"\n"):
-                size -= 1
-            yield Line(number, offset, size, None if too_long else data[:size])
-            offset += whole
+    with open_bytes(path, progress) as file:
+        yield from split_lines(file, max_bytes)
+
+
+def split_lines(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
+    """Yield the lines of an open file; what is longer than `max_bytes` is measured and not kept."""
+    number = offset = 0
+    while data := file.readline(max_bytes + 1):
+        number += 1
+        size = len(data)
+        too_long = size > max_bytes and not data.endswith(b"\n")
+        if too_long:
+            while not data.endswith(b"\n") and (data := file.readline(CHUNK)):
+                size += len(data)
+        whole = size
+        if data.endswith(b"\n"):
+            size -= 1
+        yield Line(number, offset, size, None if too_long else data[:size])
+        offset += whole
 
 
 @dataclass(frozen=True, slots=True)

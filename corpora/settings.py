@@ -4,11 +4,12 @@ A recipe is a TOML file in deployments/ (or anywhere).  This module owns the tab
 [tokenizer] and [blocks]; models.settings owns the others; deployments.recipe composes both.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corpora.errors import InputError
 
@@ -16,7 +17,40 @@ DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
 S = TypeVar("S", bound=BaseModel)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}$"
-SHARD = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}(/[A-Za-z0-9][A-Za-z0-9._-]{0,60})?$"
+SHARD = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,120}(/[A-Za-z0-9][A-Za-z0-9._-]{0,120}){0,5}$"
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand braces as a shell does: "train/{00..02}" is train/00, train/01, train/02; "{a,b}" is a, b.
+
+    Raises ValueError for braces that do not pair, that are empty, or that stand for more than 100,000 names.
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        if set(pattern) & set("{}"):
+            raise ValueError(f"{pattern[:80]!r}: a brace without its other half")
+        return [pattern]
+    if numbers := re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", found[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        if not 0 <= last - first < 100_000:
+            raise ValueError(f"{pattern[:80]!r}: {{{found[1]}}} counts down, or too far")
+        width = len(numbers[1])
+        inner = [f"{number:0{width}}" for number in range(first, last + 1)]
+    else:
+        inner = found[1].split(",")
+        if len(inner) < 2:
+            raise ValueError(
+                f"{pattern[:80]!r}: {{{found[1]}}} is neither a range as 00..29 nor a list as a,b"
+            )
+    names = [
+        before + middle + after
+        for before in [pattern[: found.start()]]
+        for middle in inner
+        for after in expand(pattern[found.end() :])
+    ]
+    if len(names) > 100_000:
+        raise ValueError(f"{pattern[:80]!r}: stands for more than 100,000 names")
+    return names
 
 
 class Strict(BaseModel):
@@ -32,7 +66,9 @@ class Corpus(Strict):
         pattern=NAME,
         description="folder under the data root; `demo` and `pile-uncopyrighted` bring their own lock",
     )
-    train: tuple[str, ...] = Field(min_length=1, description="shards to train on, by their names in the lock")
+    train: tuple[str, ...] = Field(
+        min_length=1, description="shards to train on, by their names in the lock; train/{00..04} is five"
+    )
     val: tuple[str, ...] = Field(min_length=1, description="held-out shards that training is scored on")
     test: tuple[str, ...] = Field(
         default=(),
@@ -49,6 +85,15 @@ class Corpus(Strict):
     subset_field: str = Field(
         default="meta.pile_set_name", description="dotted JSON path of the subset's name"
     )
+    sample_by: Literal["document", "paragraph", "line"] = Field(
+        default="document",
+        description="what is a document in .txt and .tar shards: a whole file, a paragraph or a line",
+    )
+
+    @field_validator("train", "val", "test")
+    @classmethod
+    def _expanded(cls, shards: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for shard in shards for name in expand(shard))
 
     @property
     def shards(self) -> tuple[str, ...]:

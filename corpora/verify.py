@@ -1,4 +1,4 @@
-"""Prove what is on disk: hashes, the ledger's laws, and counts made anew from the blocks themselves."""
+"""Prove what is on disk: hashes of shards and blocks, the ledger's laws, counts made anew from the blocks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +11,47 @@ from corpora.errors import InputError
 from corpora.files import read_json, sha256_file
 from corpora.ledger import broken_laws
 from corpora.prepare import block_files
+from corpora.read import suffix_of
+from corpora.receipts import RECEIPT, read_receipt
 
 
 def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the path and content of every manifest under a folder, sorted.  Raises InputError for none."""
-    found = sorted(folder.rglob("manifest.json"))
+    found = prepared(folder)
     if not found:
         raise InputError(f"{folder}: no manifest.json under it, so no shard is prepared there")
-    return [(path, read_json(path)) for path in found]
+    return found
+
+
+def prepared(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the path and content of every manifest under a folder, sorted; there may be none."""
+    return [(path, read_json(path)) for path in sorted(folder.rglob("manifest.json"))]
+
+
+def fetched(folder: Path) -> list[Path]:
+    """Return every fetched shard under a folder, sorted: what has a receipt, and what should have one."""
+    receipts = {path.with_name(path.name.removesuffix(RECEIPT)) for path in folder.rglob(f"*{RECEIPT}")}
+    without = {
+        path
+        for path in folder.rglob("*")
+        if "raw" in path.parent.parts and suffix_of(path.name) and not path.name.startswith(".")
+        if not path.name.endswith((RECEIPT, ".part.json"))
+    }
+    return sorted(receipts | without)
+
+
+def raw_faults(file: Path) -> Iterator[str]:
+    """Yield what is wrong with a fetched shard; each in one line.  It is read and hashed anew."""
+    if not file.is_file():
+        yield f"{file}: missing, its receipt is there; fetch it again"
+        return
+    receipt = read_receipt(file)
+    if receipt is None:
+        yield f"{file}: its receipt is missing or torn; fetch it again (what is right is not downloaded twice)"
+    elif (size := file.stat().st_size) != receipt.size:
+        yield f"{file}: has {size:,} bytes, its receipt says {receipt.size:,}; fetch it again"
+    elif (got := sha256_file(file)) != receipt.sha256:
+        yield f"{file}: sha256 is {got}, its receipt says {receipt.sha256}; fetch it again"
 
 
 def faults(path: Path, manifest: dict[str, Any]) -> Iterator[str]:

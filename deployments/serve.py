@@ -149,10 +149,11 @@ def _server(environment: Mapping[str, str], url: str) -> Iterator["subprocess.Po
 
 
 def _set_up(environment: Mapping[str, str]) -> None:
-    """Make the work pool, the `gpu` limit and the deployments; each is left as it is when it is there."""
+    """Make the work pool, the limits and the deployments; each is left as it is when it is there."""
     print("making the work pool and the deployments ...", flush=True)
     _prefect(["work-pool", "create", POOL, "--type", "process", "--overwrite"], environment)
-    _prefect(["gcl", "create", "gpu", "--limit", "1"], environment, may_say="already exists")
+    for limit, slots in (("gpu", 1), ("downloads", 4)):
+        _prefect(["gcl", "create", limit, "--limit", str(slots)], environment, may_say="already exists")
     _prefect(["--no-prompt", "deploy", "--all"], environment)
 
 

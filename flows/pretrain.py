@@ -17,7 +17,7 @@ from corpora.errors import InputError, run_cli
 from deployments import recipe as recipes
 from flows import cli
 from tasks import child, logs, report
-from tasks.begin import begin
+from tasks.begin import begin, check
 from tasks.evaluate import evaluate
 from tasks.fetch import fetch
 from tasks.generate import generate
@@ -40,6 +40,7 @@ def pretrain(
     steps: int | None = None,
     device: Device = "auto",
     workers: int = 2,
+    downloads: int = 4,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fetch, prepare, train, evaluate and generate, as one recipe says.
@@ -52,18 +53,22 @@ def pretrain(
         steps: Train for this many steps instead of the recipe's.
         device: Where the model runs; auto takes a GPU when there is one.
         workers: Shards that are worked on at the same time, each in a process of its own.
+        downloads: Shards that are fetched at the same time.
         overrides: Other keys of the recipe to change, such as {"train.lr": 0.003}.
     """
     logs.begin()
     child.allow()
-    settings = choose(recipe, shards, steps, workers, overrides)
-    run = begin(Path(recipe).stem, settings, settings.toml())
-
-    corpus = settings.corpus
-    names = corpus.shards
+    settings = choose(recipe, shards, steps, workers, downloads, overrides)
+    name, corpus = Path(recipe).stem, settings.corpus
+    unknown = check(name, settings)
+    fetcher: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=downloads)
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
-    with runner:
-        fetched = runner.map(fetch, {"corpus": unmapped(corpus), "shard": names})
+    with fetcher, runner:
+        if unknown:  # the run is named after its shards' hashes
+            every_shard(unknown, fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": unknown}))
+        run = begin(name, settings, settings.toml())
+        names = corpus.shards
+        fetched = fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": names})
         prepared = runner.map(prepare, {"run": unmapped(run), "shard": names, "fetched": fetched})
         shards_done = every_shard(names, fetched, prepared)
     report.ledger(run, shards_done)
@@ -82,12 +87,18 @@ def pretrain(
 
 
 def choose(
-    recipe: str, shards: int | None, steps: int | None, workers: int, overrides: dict[str, Any] | None
+    recipe: str,
+    shards: int | None,
+    steps: int | None,
+    workers: int,
+    downloads: int,
+    overrides: dict[str, Any] | None,
 ) -> recipes.Recipe:
     """Load the recipe with the flow's parameters put in."""
     changes = dict(overrides or {})
-    if workers < 1:
-        raise InputError(f"workers is {workers}; at least 1 is needed")
+    for key, count in (("workers", workers), ("downloads", downloads)):
+        if count < 1:
+            raise InputError(f"{key} is {count}; at least 1 is needed")
     if shards is not None:
         train_shards = recipes.load(recipe, changes).corpus.train
         if not 1 <= shards <= len(train_shards):
@@ -106,8 +117,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="train for STEPS steps instead of the recipe's")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=int, default=2, help="shards worked on at the same time")
+    parser.add_argument("--downloads", type=int, default=4, help="shards fetched at the same time")
     arguments = parser.parse_args()
-    choose(arguments.recipe, arguments.shards, arguments.steps, arguments.workers, None)
+    choose(arguments.recipe, arguments.shards, arguments.steps, arguments.workers, arguments.downloads, None)
     with cli.reachable_server():
         done = pretrain(**vars(arguments))
     print(

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import run_cli
+from tqdm import tqdm
+
+from corpora.errors import EXIT_INPUT, EXIT_UNAVAILABLE, run_cli
 from corpora.files import data_root
 from corpora.progress import emit
 from corpora.settings import read_toml, recipe_path
@@ -33,6 +35,9 @@ def main() -> int:
     step = steps.add_parser("new", help="make the run folder of a recipe, and print it")
     step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
 
+    step = steps.add_parser("estimate", help="tell the tokens and GPU hours of a recipe's training")
+    step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
+
     step = steps.add_parser(
         "train",
         help="train to the recipe's last step, or go on from the newest checkpoint",
@@ -48,6 +53,25 @@ def main() -> int:
         "smoke", help="continue the recipe's prompts and check what comes (exit code 2: it failed)"
     )
     _run_arguments(step, events=True)
+
+    step = steps.add_parser(
+        "fetch",
+        help="download a model folder and verify it by its lists of checksums",
+        description="Download every file that a model's lists of checksums name, and verify it; go on where the "
+        "last time ended. Exit code 2: a file is missing or wrong; 75: try again later.",
+    )
+    step.add_argument("url", metavar="URL", help="of the folder: https:, http:, file: or hf://OWNER/NAME")
+    step.add_argument("folder", metavar="DIR", type=Path, help="where the files go")
+    step.add_argument(
+        "--checklist",
+        metavar="NAME",
+        action="append",
+        help="list of checksums in the folder (may be given again); default: the usual names, the hub's own list",
+    )
+    step.add_argument("--parallel", metavar="N", type=_count, default=4, help="files at a time; default: 4")
+    step.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of an hf:// URL; default: main"
+    )
 
     step = steps.add_parser("generate", help="continue a prompt")
     _run_arguments(step, events=False)
@@ -67,10 +91,12 @@ def main() -> int:
     arguments = vars(parser.parse_args())
     run: dict[str, Callable[..., int]] = {
         "new": _new,
+        "estimate": _estimate,
         "train": _train,
         "evaluate": _evaluate,
         "smoke": _smoke,
         "generate": _generate,
+        "fetch": _fetch,
     }
     return run[arguments.pop("step")](**arguments)
 
@@ -114,7 +140,30 @@ def _new(recipe: str) -> int:
     return 0
 
 
+def _fetch(url: str, folder: Path, checklist: list[str] | None, parallel: int, revision: str | None) -> int:
+    from models.fetch import fetch
+
+    def tell(line: str) -> None:
+        tqdm.write(line, sys.stdout)  # above the bars
+        sys.stdout.flush()
+
+    results = fetch(url, folder, checklist, revision=revision, parallel=parallel, tell=tell)
+    failures = [result for result in results if result.failed]
+    for failure in failures:
+        print(f"error: {failure.line}", file=sys.stderr)
+    if all(failure.state == "unavailable" for failure in failures):
+        return EXIT_UNAVAILABLE if failures else 0
+    return EXIT_INPUT
+
+
 # torch takes a second or two to import: only the steps that need it do.
+
+
+def _estimate(recipe: str) -> int:
+    from models.estimate import estimate
+
+    print(estimate(RunSettings.read(recipe)))
+    return 0
 
 
 def _train(run: Path, device: Any, events: bool) -> int:

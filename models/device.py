@@ -1,12 +1,12 @@
 """Where the arithmetic happens: the device, its number format, the threads."""
 
 import os
-import sys
 from typing import Literal
 
 import torch
 
 from corpora.errors import InputError
+from corpora.parallel import cores
 
 Device = Literal["auto", "cpu", "cuda"]
 MOST_THREADS = 16  # small matrices get slower, not faster, beyond
@@ -21,18 +21,11 @@ def choose(wanted: Device, local_rank: int = 0) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(_cores(), MOST_THREADS))
+            torch.set_num_threads(min(cores(), MOST_THREADS))
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _cores() -> int:
-    """Return the cores that this process may use, where the system tells (Linux), else those of the machine."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def choose_dtype(wanted: Literal["fp32", "bf16", "auto"], device: torch.device) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Make the run folder: from here on the recipe as run lies on disk."""
+"""Before the work: what can be known without it, and the run folder, where the recipe as run lies."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from corpora import demo, files, tokenizer
+from corpora import demo, estimate, files, lock, tokenizer
 from corpora.errors import InputError
 from models import runs
 from models.settings import RunSettings
@@ -14,12 +14,9 @@ from models.settings import RunSettings
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="begin {name}", cache_policy=NO_CACHE)
-def begin(name: str, settings: RunSettings, toml: str) -> Path:
-    """Check what can be known before the work, and return the run's folder.
-
-    The folder's name binds the recipe to the hashes of its shards, so a rebuilt corpus gets another run.
-    """
+@task(task_run_name="check {name}", cache_policy=NO_CACHE)
+def check(name: str, settings: RunSettings) -> list[str]:
+    """Check lock, vocabulary and disk; return the shards whose sha256 only their first download can tell."""
     data, corpus = files.data_root(), settings.corpus
     if corpus.name == "demo" and corpus.lock is None:
         demo.build(data)
@@ -29,6 +26,25 @@ def begin(name: str, settings: RunSettings, toml: str) -> Path:
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "
             f"set model.vocab to at least {vocabulary}"
         )
-    run = runs.create(name, toml, runs.inputs_of(corpus, data), runs.runs_root())
+    known = lock.load_lock(corpus, data)
+    found = estimate.estimate(settings, data)
+    estimate.check_space(found, data, prepare=True)
+    log.info(
+        "%d shards: %s bytes to download, about %s for blocks, %s are free",
+        len(found.shards),
+        f"{found.download:,}",
+        f"{found.blocks:,}",
+        f"{estimate.free_bytes(data):,}",
+    )
+    return [shard for shard in corpus.shards if known.entry(shard).sha256 is None]
+
+
+@task(task_run_name="begin {name}", cache_policy=NO_CACHE)
+def begin(name: str, settings: RunSettings, toml: str) -> Path:
+    """Make the run folder and return it.
+
+    Its name binds the recipe to the hashes of its shards, so a rebuilt corpus gets another run.
+    """
+    run = runs.create(name, toml, runs.inputs_of(settings.corpus, files.data_root()), runs.runs_root())
     log.info("run folder %s", run)
     return run

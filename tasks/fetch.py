@@ -12,14 +12,15 @@ from corpora.settings import Corpus
 from tasks import child
 from tasks.outcome import transient, up_to_date
 from tasks.progress import Ring, artifact_key
+from tasks.slots import slot
 
 log = logging.getLogger(__name__)
 
 
 @task(
     task_run_name="fetch {shard}",
-    retries=4,
-    retry_delay_seconds=exponential_backoff(10),
+    retries=2,  # on top of the download's own patience
+    retry_delay_seconds=exponential_backoff(60),
     retry_jitter_factor=0.5,
     retry_condition_fn=transient,
     cache_policy=NO_CACHE,  # the verified file and its receipt are the record of what is done
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 def fetch(corpus: Corpus, shard: str) -> str:
     """Fetch one shard and return its sha256."""
     data = files.data_root()
-    size = lock.load_lock(corpus, data).entry(shard).size
+    entry = lock.load_lock(corpus, data).entry(shard)
     ring = Ring(artifact_key(corpus.name, "fetch", shard), f"fetch {shard}")
     done = 0
 
@@ -36,10 +37,12 @@ def fetch(corpus: Corpus, shard: str) -> str:
         nonlocal done
         child.raise_if_stopping()
         done += amount
-        ring.tell(done, size)
+        ring.tell(done, entry.size or entry.about)
 
-    receipt, was_there = corpus_fetch.fetch(corpus, shard, data, told)
+    with slot("downloads"):
+        receipt, was_there = corpus_fetch.fetch(corpus, shard, data, told)
     if was_there:
         return up_to_date(receipt.sha256, f"{shard}: {receipt.size:,} bytes, verified before")
-    log.info("fetch %s: %s bytes, sha256 verified", shard, f"{receipt.size:,}")
+    how = "verified" if receipt.trust == "lock" else "trusted on first use"
+    log.info("fetch %s: %s bytes, sha256 %s", shard, f"{receipt.size:,}", how)
     return receipt.sha256

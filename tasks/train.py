@@ -2,20 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import get_client, task
+from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
 
 from models.metrics import readable
 from tasks import child, report
 from tasks.outcome import transient, up_to_date
 from tasks.progress import Ring, artifact_key
+from tasks.slots import slot
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +48,3 @@ def train(run: Path, device: str) -> dict[str, Any]:
     if trained["skipped"]:
         return up_to_date(trained, f"step {trained['step']:,} was reached before")
     return trained
-
-
-@contextmanager
-def slot(name: str) -> Iterator[None]:
-    """Hold a slot of the server's concurrency limit `name`, where the server has one.
-
-    `make serve` makes it, so that two recipes do not share one device; without a server nothing is limited.
-    """
-    if not _limited(name):
-        yield
-        return
-    with concurrency(name, occupy=1, lease_duration=60):
-        yield
-
-
-def _limited(name: str) -> bool:
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            return False
-    return True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,87 @@ def recipe(tiny: Tiny, tmp_path: Path) -> str:
     return str(path)
 
 
+def test_lists(run: Run, recipe: str) -> None:
+    listed = run("list").stdout
+    assert "corpora:  demo, pile, pile-uncopyrighted\n" in listed and "recipes:  13m, 13m-gpt, 2b, " in listed
+    pile = run("list", "pile-uncopyrighted").stdout.splitlines()
+    assert len(pile) == 33
+    assert pile[1].split() == "train/00 11,152,428,427 bytes sha256 d272462df195e277 not here".split()
+    assert pile[6].split() == "train/05 about 11,150,000,000 bytes sha256 not known yet not here".split()
+    assert [line.split()[-1] for line in run("list", recipe).stdout.splitlines()[1:]] == ["here", "here"]
+    unknown = run("list", "nothing")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+
+
+def test_estimate_tells_both_halves(run: Run) -> None:
+    told = run("estimate", "13m")
+    assert told.returncode == 0, told.stderr
+    rows = {line.split()[0]: line for line in told.stdout.splitlines()}
+    assert list(rows) == ["shards", "text", "tokens", "disk", "prepare", "model", "GPU"]
+    assert rows["shards"] == "shards     2, about 11,490,428,427 bytes; about 11,490,428,427 to download"
+    assert "13,200,576 parameters, trained on 268,435,200 tokens" in rows["model"]
+    assert "measured on Python's own sources" in rows["prepare"]
+
+
+def test_own_folder_from_lock_to_blocks(run: Run, tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("val", 2)):
+        (tmp_path / "texts" / split).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "texts" / split / f"{number}.txt").write_text(f"{split} text {number}\n" * 3, "utf-8")
+    source = tmp_path / "own.toml"
+    source.write_text('name = "own"\nfolder = "texts"\ntext_shards = 1\n', "utf-8")
+    locked = run("lock", str(source))
+    assert locked.returncode == 0, locked.stderr
+    assert locked.stdout.endswith(": 2 shards, 20,480 bytes\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'[corpus]\nname = "own"\ntrain = ["train/0"]\nval = ["val/0"]\nlock = "{tmp_path}/own.lock.json"\n'
+        '[tokenizer]\nname = "r50k_base"\nbos = 50256\neos = 50256\n[blocks]\nlength = 8\n'
+    )
+    assert run("fetch", str(recipe)).returncode == 0
+    prepared = run("prepare", str(recipe))
+    assert prepared.stdout.startswith("train/0: 5 documents, "), prepared.stderr
+    verified = run("verify", str(tmp_path / "data"))
+    assert verified.stdout.endswith(": 2 fetched and 2 prepared shards verified, 0 faults\n")
+
+
+def test_fetch_goes_on_after_a_failure_and_names_it(run: Run, recipe: str, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "source" / "a.jsonl.zst").unlink()
+    fetched = run("fetch", recipe)
+    assert fetched.returncode == 2
+    assert fetched.stdout.startswith("v: ")
+    (failure,) = [line for line in fetched.stderr.splitlines() if line.startswith("error: ")]
+    assert "a.jsonl.zst: cannot be read: No such file or directory" in failure
+    assert "bytes to download" in fetched.stderr
+
+
+def test_verify_names_every_damaged_file(run: Run, recipe: str, tmp_path: Path) -> None:
+    raw = tmp_path / "data" / "tiny" / "raw"
+    for name in ("a", "v"):
+        path = raw / f"{name}.jsonl.zst"
+        content = bytearray(path.read_bytes())
+        path.unlink()  # a second name of the source's file
+        content[-1] ^= 1
+        path.write_bytes(content if name == "a" else content[:-1])
+    (raw / "stranger.jsonl.zst").write_bytes(b"x")
+    verified = run("verify", str(tmp_path / "data"))
+    assert verified.returncode == 2
+    told = verified.stderr.splitlines()
+    assert [line.rpartition("/")[2].partition(": ")[0] for line in told] == [
+        "a.jsonl.zst",
+        "stranger.jsonl.zst",
+        "v.jsonl.zst",
+    ]
+    assert (
+        "sha256 is " in told[0]
+        and "its receipt is missing or torn" in told[1]
+        and "bytes, its rec" in told[2]
+    )
+    listed = run("list", recipe).stdout.splitlines()[1:]
+    assert all(line.endswith("changed: fetch it again") for line in listed)
+
+
 def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
     fetched = run("fetch", recipe)
     assert fetched.returncode == 0, fetched.stderr
@@ -55,7 +137,10 @@ def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
     assert "20 invalid JSON" in stats
 
     verified = run("verify", str(tmp_path / "data"))
-    assert (verified.returncode, verified.stdout.endswith("2 shards verified, 0 faults\n")) == (0, True)
+    assert (
+        verified.returncode,
+        verified.stdout.endswith(": 2 fetched and 2 prepared shards verified, 0 faults\n"),
+    ) == (0, True)
 
     out = tmp_path / "parquet"
     converted = run("convert", str(tmp_path / "data"), str(out), "--format", "parquet")

@@ -1,14 +1,20 @@
 """Bytes to records: every way a shard can end, and every way a line can be no document."""
 
+import gzip
 import json
 import random
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from corpora.errors import InputError
-from corpora.read import BadRecord, Line, ZstdFile, parse_record, read_lines
+from corpora.read import BadRecord, Line, ZstdFile, open_bytes, parse_record, read_lines, suffix_of
 from corpora.settings import Corpus
 
 CORPUS = Corpus(name="tiny", train=("a",), val=("b",))
@@ -85,6 +91,123 @@ def test_what_is_not_whole_zstd_is_refused(tmp_path: Path, data: bytes, message:
         read_all(tmp_path / "shard.zst", data)
 
 
+@pytest.mark.parametrize(
+    "text", [b"one\ntwo\n", b"", b"x" * 1000, incompressible(700)], ids=["lines", "empty", "run", "stored"]
+)
+def test_every_cut_of_a_gzip_member_is_an_error(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "shard.gz"
+    plain = gzip.compress(text, mtime=0)
+    named = b"\x1f\x8b\x08\x08" + plain[4:10] + b"shard.jsonl\0" + plain[10:]
+    for whole in (plain, named):
+        assert gunzip(path, whole) == text
+        assert gunzip(path, whole + gzip.compress(b"more")) == text + b"more"
+        for cut in range(len(whole)):
+            with pytest.raises(InputError, match=str(path)):
+                gunzip(path, whole[:cut])
+            if cut:
+                with pytest.raises(InputError, match="cut short"):
+                    gunzip(path, gzip.compress(b"first") + whole[:cut])
+
+
+def gunzip(path: Path, data: bytes) -> bytes:
+    path.write_bytes(data)
+    with open_bytes(path) as file:
+        return file.read()
+
+
+ONE = gzip.compress(b"one\n", mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"shard\.gz is empty; fetch it again$"),
+        (compress(b"one\n"), r"is not gzip data \(it begins with b'\(\\xb5/\\xfd'\); fetch it again$"),
+        (b"<!doctype html>", r"is not gzip data \(it begins with b'<!do'\)"),
+        (ONE + b"garbage", r"damaged gzip data \(.*\), after 4 bytes of text; delete it and fetch it again$"),
+        (ONE + bytes(512), "damaged gzip data .*, after 4 bytes"),
+        (ONE[:-8] + bytes([ONE[-8] ^ 1]) + ONE[-7:], "damaged gzip data .*data check"),
+        (ONE[:-1] + b"\1", "damaged gzip data .*length check"),
+        (ONE[:10] + b"\xff" + ONE[11:], "damaged gzip data .*invalid block type"),
+        (
+            ONE[:-1],
+            r"cut short \(it does not end where a gzip member ends\), after 4 bytes of text; delete it",
+        ),
+    ],
+    ids=["empty", "zstd", "html", "garbage behind", "zeros behind", "CRC", "length", "block", "cut"],
+)
+def test_what_is_not_whole_gzip_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        gunzip(tmp_path / "shard.gz", data)
+
+
+def test_gzip_members_are_all_read_wherever_reads_cut_them(tmp_path: Path) -> None:
+    parts = [incompressible(size) for size in (0, 1, 40_000, 131_072, 300_000, 0, 1_200_000)] * 2
+    data = b"".join(gzip.compress(part, compresslevel=1) for part in parts)
+    assert gunzip(tmp_path / "shard.gz", data) == b"".join(parts)
+
+
+@pytest.mark.parametrize("name", ["bomb.gz", "bomb.zst"])
+def test_a_bomb_is_one_long_line_in_little_memory(tmp_path: Path, name: str) -> None:
+    size, path = 200_000_000, tmp_path / name
+    packer = zlib.compressobj(wbits=31) if name == "bomb.gz" else zstandard.ZstdCompressor().compressobj()
+    with path.open("wb") as file:
+        for _ in range(size // 1_000_000):
+            file.write(packer.compress(b"x" * 1_000_000))
+        file.write(packer.flush())
+    tracemalloc.start()
+    try:
+        assert list(read_lines(path, max_bytes=1000)) == [Line(1, 0, size, None)]
+        assert tracemalloc.get_traced_memory()[1] < 16_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@hypothesis_settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lines=st.lists(st.text(alphabet="ab \r\x0b\u2028\x85\ufeffé😀").map(str.encode)),
+    last=st.binary(max_size=8),
+    max_bytes=st.sampled_from([3, 1000]),
+)
+def test_the_same_lines_however_compressed(
+    tmp_path: Path, lines: list[bytes], last: bytes, max_bytes: int
+) -> None:
+    text = b"\n".join([*lines, last])
+    paths = [tmp_path / name for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst")]
+    for path, data in zip(paths, (text, gzip.compress(text), compress(text)), strict=True):
+        path.write_bytes(data)
+    read = [list(read_lines(path, max_bytes=max_bytes)) for path in paths]
+    expected = text.removesuffix(b"\n").split(b"\n") if text else []
+    assert [line.size for line in read[0]] == [len(line) for line in expected]
+    assert [line.data for line in read[0]] == [line if len(line) <= max_bytes else None for line in expected]
+    assert read[0] == read[1] == read[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("00.jsonl.zst", ".jsonl.zst"),
+        ("en/c4-train.00000-of-01024.json.gz", ".json.gz"),
+        ("a.json", ".json"),
+        ("a.ndjson", ".ndjson"),
+        ("a.txt.gz", ".txt.gz"),
+        ("a.jsonl.txt", ".txt"),
+        ("a.parquet", ".parquet"),
+        ("a.tar", ".tar"),
+        ("a.parquet.gz", None),
+        ("a.tar.gz", None),
+        ("a.JSONL", None),
+        ("a.zst", None),
+        ("jsonl", None),
+        ("", None),
+    ],
+)
+def test_the_end_of_the_name_tells_the_format(name: str, suffix: str | None) -> None:
+    assert suffix_of(name) == suffix
+
+
 def test_lines_end_at_the_newline_byte_only(tmp_path: Path) -> None:
     path = tmp_path / "shard.zst"
     separators = "a\u2028b\x0cc\x85d\r".encode()
@@ -107,9 +230,11 @@ def test_a_long_line_is_passed_over_without_reading_it_into_memory(tmp_path: Pat
     ]
 
 
-def test_progress_counts_compressed_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "shard.zst"
-    path.write_bytes(compress(incompressible(500_000)))
+@pytest.mark.parametrize("name", ["shard.zst", "shard.gz", "shard.jsonl"])
+def test_progress_counts_the_bytes_of_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    data = incompressible(500_000)
+    path.write_bytes({"shard.zst": compress, "shard.gz": gzip.compress}.get(name, bytes)(data))
     told: list[int] = []
     list(read_lines(path, told.append))
     assert sum(told) == path.stat().st_size

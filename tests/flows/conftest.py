@@ -141,10 +141,13 @@ def served(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert not (checkout.root / ".env").exists()
 
 
-def make_corpus(folder: Path, shards: Mapping[str, range], broken: Sequence[str] = ()) -> Path:
+def make_corpus(
+    folder: Path, shards: Mapping[str, range], broken: Sequence[str] = (), unknown: Sequence[str] = ()
+) -> Path:
     """Write compressed shards and their lock; return the lock's path.
 
-    A broken shard is cut off in the middle, and its hash in the lock is that of the half.
+    A broken shard is cut off in the middle, and its hash in the lock is that of the half; an unknown one has
+    no hash there.
     """
     entries = []
     for shard, numbers in shards.items():
@@ -162,7 +165,10 @@ def make_corpus(folder: Path, shards: Mapping[str, range], broken: Sequence[str]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        entries.append({"name": shard, "path": f"{shard}.jsonl.zst", "size": len(data), "sha256": sha256})
+        entry = {"name": shard, "path": f"{shard}.jsonl.zst", "size": len(data), "sha256": sha256}
+        entries.append(
+            {key: value for key, value in entry.items() if key != "sha256" or shard not in unknown}
+        )
     lock = folder / "lock.json"
     lock.write_text(json.dumps({"corpus": folder.name, "url": ".", "revision": None, "files": entries}))
     return lock
@@ -215,10 +221,10 @@ max_new_tokens = 8
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over three sound shards."""
+    """A recipe over three sound shards, of which one is trusted on first use."""
     folder = tmp_path_factory.mktemp("tiny")
     shards = {"train/00": range(40), "train/01": range(40, 80), "val": range(80, 86)}
-    return make_recipe(folder / "tiny.toml", make_corpus(folder / "tiny-corpus", shards))
+    return make_recipe(folder / "tiny.toml", make_corpus(folder / "tiny-corpus", shards, unknown=["val"]))
 
 
 @pytest.fixture(scope="session")

@@ -13,20 +13,21 @@ from flows.pretrain import choose
 
 
 def test_parameters_change_the_recipe() -> None:
-    recipe = choose("demo", 1, 30, 2, {"train.lr": 0.5})
+    recipe = choose("demo", 1, 30, 2, 4, {"train.lr": 0.5})
     assert (recipe.corpus.train, recipe.train.steps, recipe.train.lr) == (("train/00",), 30, 0.5)
-    assert choose("demo", None, None, 2, None).corpus.train == ("train/00", "train/01")
+    assert choose("demo", None, None, 2, 4, None).corpus.train == ("train/00", "train/01")
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (("nothing", None, None, 2, None), "recipe 'nothing' is unknown; known: 13m, "),
-        (("demo", 3, None, 2, None), "shards is 3; recipe demo has 2 train shards"),
-        (("demo", 0, None, 2, None), "shards is 0; recipe demo has 2 train shards"),
-        (("demo", None, 0, 2, None), r"\[train\] steps: .*greater than or equal to 1"),
-        (("demo", None, None, 0, None), "workers is 0; at least 1 is needed"),
-        (("demo", None, None, 2, {"train.learning_rate": 1}), r"learning_rate: unknown key \(known: seed"),
+        (("nothing", None, None, 2, 4, None), "recipe 'nothing' is unknown; known: 13m, "),
+        (("demo", 3, None, 2, 4, None), "shards is 3; recipe demo has 2 train shards"),
+        (("demo", 0, None, 2, 4, None), "shards is 0; recipe demo has 2 train shards"),
+        (("demo", None, 0, 2, 4, None), r"\[train\] steps: .*greater than or equal to 1"),
+        (("demo", None, None, 0, 4, None), "workers is 0; at least 1 is needed"),
+        (("demo", None, None, 2, 0, None), "downloads is 0; at least 1 is needed"),
+        (("demo", None, None, 2, 4, {"train.learning_rate": 1}), r"learning_rate: unknown key \(known: seed"),
     ],
 )
 def test_parameters_that_make_no_sense(parameters: tuple[Any, ...], message: str) -> None:

@@ -44,6 +44,8 @@ def test_a_watched_deployment_ends_completed_with_its_pages(trained: Any) -> Non
 def test_the_log_of_the_rooms_is_shown_with_the_run(trained: Any) -> None:
     log = trained.flow_log(trained.flow_run("pretrain-tiny")["id"])
     assert "step 6/6" in log
+    assert "shard val: no sha256 was known; this one is trusted from now on: " in log
+    assert "bytes to download, about" in log
 
 
 def test_what_is_done_is_not_done_again(trained: Any, tiny: Path) -> None:

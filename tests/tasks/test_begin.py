@@ -6,7 +6,7 @@ import pytest
 
 from corpora.errors import InputError
 from deployments import recipe
-from tasks.begin import begin
+from tasks.begin import begin, check
 
 
 def test_the_run_folder_holds_the_recipe_as_run(
@@ -30,6 +30,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(
     monkeypatch.setenv("PILELINE_RUNS", str(tmp_path))
     settings = recipe.load("demo")
     small = settings.model_copy(update={"model": settings.model.model_copy(update={"vocab": 50256})})
+    assert check.fn("demo", settings) == []
     with pytest.raises(InputError, match=r"the tokenizer has 50257 ids, but model\.vocab is 50256"):
-        begin.fn("demo", small, small.toml())
+        check.fn("demo", small)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,193 @@
+"""What a recipe will cost, before anything starts: bytes, documents, tokens, disk, hours on this machine.
+
+Shards that are prepared already are counted exactly, and tell the ratios of the others; without any, typical
+figures of English text stand in.  The speed is measured here and now, on this machine.
+"""
+
+import json
+import shutil
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpora import tokenizer
+from corpora.clean import clean
+from corpora.download import part_of
+from corpora.errors import InputError
+from corpora.formats import read_shard
+from corpora.lock import Entry, load_lock
+from corpora.prepare import find_manifest
+from corpora.read import BadRecord, parse_record
+from corpora.receipts import raw_path
+from corpora.settings import DataSettings
+
+# Bytes of text per byte of file.  zstd: the Pile's; the others: ours, by trying.
+TEXT_PER_BYTE = {".zst": 2.94, ".gz": 2.9, ".parquet": 2.0, ".jsonl": 0.95, ".json": 0.95}
+DOCUMENT_BYTES = 5_560  # of text; the Pile: 984 GB in 177 million documents
+BYTES_PER_TOKEN = 3.5  # r50k_base on the Pile's held-out split
+SAMPLE = 4 << 20  # bytes of text that the speed is measured on
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEstimate:
+    """One shard's sizes; `prepared` ones are counted, the others reckoned."""
+
+    name: str
+    raw: int  # bytes of the file
+    known: bool  # its size is exact
+    missing: int  # bytes still to come
+    text: int  # bytes of UTF-8
+    documents: int
+    tokens: int
+    blocks: int  # bytes that its blocks take, or will
+    prepared: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """All shards of a recipe."""
+
+    shards: tuple[ShardEstimate, ...]
+
+    @property
+    def download(self) -> int:
+        """Bytes still to come."""
+        return sum(shard.missing for shard in self.shards)
+
+    @property
+    def blocks(self) -> int:
+        """Bytes that the blocks still to be made will take."""
+        return sum(shard.blocks for shard in self.shards if not shard.prepared)
+
+    @property
+    def text_to_prepare(self) -> int:
+        """Bytes of text that are still to be cleaned and encoded."""
+        return sum(shard.text for shard in self.shards if not shard.prepared)
+
+
+def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None = None) -> Estimate:
+    """Reckon the recipe's shards, or these of them.  No request is sent."""
+    lock = load_lock(settings.corpus, data)
+    entries = [lock.entry(name) for name in shards or settings.corpus.shards]
+    sizes = [entry.size or entry.about for entry in lock.files]
+    usual = sum(size for size in sizes if size) // max(1, sum(1 for size in sizes if size)) or 1 << 30
+    ledgers = {entry.name: _ledger(settings, entry.name, data) for entry in entries}
+    done = [(_raw(entry, usual), *figures) for entry in entries if (figures := ledgers[entry.name])]
+    known: tuple[int, ...] = tuple(map(sum, zip(*done, strict=True))) if done else ()
+    wide = 2 if settings.tokenizer.kind == "sentencepiece" or settings.tokenizer.name in _NARROW else 4
+    found = []
+    for entry in entries:
+        raw, figures = _raw(entry, usual), ledgers[entry.name]
+        if figures:
+            text, documents, tokens = figures
+        elif known:
+            text, documents, tokens = (int(raw * figure / known[0]) for figure in known[1:])
+        else:
+            text = int(raw * TEXT_PER_BYTE.get(Path(entry.path).suffix, 1.0))
+            documents, tokens = text // DOCUMENT_BYTES + 1, int(text / BYTES_PER_TOKEN)
+        file = raw_path(settings.corpus.name, entry.name, entry.path, data)
+        there = next((path.stat().st_size for path in (file, part_of(file)) if path.is_file()), 0)
+        rows = tokens // settings.blocks.length + 1
+        found.append(
+            ShardEstimate(
+                name=entry.name,
+                raw=raw,
+                known=entry.size is not None,
+                missing=max(0, raw - there),
+                text=text,
+                documents=documents,
+                tokens=tokens,
+                blocks=rows * (settings.blocks.length * wide + 4),
+                prepared=figures is not None,
+            )
+        )
+    return Estimate(tuple(found))
+
+
+_NARROW = ("r50k_base", "p50k_base", "gpt2")  # fewer than 65,536 ids: two bytes each
+
+
+def _raw(entry: Entry, usual: int) -> int:
+    return entry.size or entry.about or usual
+
+
+def _ledger(settings: DataSettings, shard: str, data: Path) -> tuple[int, int, int] | None:
+    """Return text bytes, documents and tokens of a prepared shard."""
+    try:
+        _, manifest = find_manifest(settings, shard, data)
+    except InputError:
+        return None
+    ledger = manifest["ledger"]
+    text = sum(subset["bytes"] for subset in ledger["subsets"].values())
+    return text, ledger["kept"], ledger["text_tokens"] + ledger["special_tokens"]
+
+
+def check_space(found: Estimate, data: Path, *, prepare: bool) -> str | None:
+    """Refuse what the disk cannot hold; return a warning where only the blocks will not fit.
+
+    With `prepare`, blocks that will not fit are refused as well.
+    """
+    free = free_bytes(data)
+    room = "free some, or set PILELINE_DATA to a larger disk"
+    about = "" if all(shard.known for shard in found.shards) else "about "
+    if found.download > free:
+        raise InputError(
+            f"{data}: no space: {about}{found.download:,} bytes are to be downloaded, {free:,} are free; {room}"
+        )
+    if found.download + found.blocks <= free:
+        return None
+    told = (
+        f"{data}: no space: {about}{found.download:,} bytes to download and about {found.blocks:,} for blocks, "
+        f"{free:,} are free; {room}"
+    )
+    if prepare:
+        raise InputError(told)
+    return told
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes on the disk of a folder that may not be there yet."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def measure_speed(settings: DataSettings, data: Path) -> tuple[float, str]:
+    """Return bytes of text that one process cleans and encodes in a CPU second, and on what that was measured."""
+    encoder = tokenizer.load(settings.tokenizer)
+    lines, told = _sample(settings, data)
+    encoder.encode_document("warm up")
+    began, text = time.process_time(), 0
+    for line in lines:
+        try:
+            cleaned = clean(parse_record(line, settings.corpus).text, settings.clean)
+        except BadRecord:
+            continue
+        encoder.encode_document(cleaned.text)
+        text += len(cleaned.text.encode())
+    return text / max(1e-9, time.process_time() - began), told
+
+
+def _sample(settings: DataSettings, data: Path) -> tuple[list[bytes], str]:
+    """Return a few MB of JSON lines: of a shard that is here, else of Python's own sources."""
+    lock = load_lock(settings.corpus, data)
+    for shard in settings.corpus.shards:
+        entry = lock.entry(shard)
+        file = raw_path(settings.corpus.name, shard, entry.path, data)
+        if file.is_file():
+            lines = (line.data for line in read_shard(file, settings.corpus) if line.data)
+            return list(_first(lines)), f"the beginning of {shard}"
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = (json.dumps({settings.corpus.text_field: path.read_text("utf-8")}).encode() for path in sources)
+    return list(_first(texts)), "Python's own sources"
+
+
+def _first(lines: Iterator[bytes]) -> Iterator[bytes]:
+    size = 0
+    for line in lines:
+        yield line
+        size += len(line)
+        if size > SAMPLE:
+            return
