@@ -29,7 +29,8 @@ SMALL = 6_000_000  # bytes of the file that is killed and cut
 FETCH = """\
 import json, resource, sys, time
 from pathlib import Path
-from corpora.download import Patience, Wanted, download
+from corpora.download import Wanted, download
+from corpora.patience import Patience
 url, size, sha256, final = sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 start = time.perf_counter()
 download(Wanted("the file", url, size, sha256), final, patience=Patience(backoff=0.01, read=2))

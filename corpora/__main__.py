@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from corpora import blocks, demo, estimate, sources, verify
-from corpora.download import Patience, part_of
 from corpora.errors import EXIT_INPUT, InputError, PilelineError, run_cli
 from corpora.fetch import fetch
 from corpora.files import data_root, write_aside, write_json
 from corpora.ledger import check_laws, total
 from corpora.lock import built_in, load_lock
 from corpora.parallel import cores, each
+from corpora.part import part_of
+from corpora.patience import Patience
 from corpora.prepare import block_files, prepare
 from corpora.progress import Progress, emit
 from corpora.receipts import Receipt, raw_path, read_receipt

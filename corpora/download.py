@@ -9,32 +9,26 @@ again and asks for the rest.  Nothing is believed but the digest: a server that 
 one, or has another file by now costs time, never a torn file.
 """
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
-import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-from corpora.errors import NO_SPACE, InputError, Unavailable
+from corpora import local
+from corpora.addresses import shown
+from corpora.errors import InputError, Unavailable
 from corpora.files import commit, read_json, write_json
-from corpora.web import CHUNK, Again, Answer, Effort, NotThere, Patience, ask, shown, small
-
-__all__ = ["Downloaded", "NotThere", "Patience", "Wanted", "download", "get", "looks_like_html"]
+from corpora.part import cannot_write, claimed, meta_of
+from corpora.patience import Again, Effort, Patience
+from corpora.web import CHUNK, Answer, ask, small
 
 log = logging.getLogger(__name__)
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +79,15 @@ def download(
     tick = progress or (lambda _: None)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _claimed(final, tick) as (part, file, waited):
+        with claimed(final, tick) as (part, file, waited):
             if waited and already is not None and already():
                 return None
-            local = urlsplit(wanted.url).scheme == "file"
-            if local and link and (linked := _link(wanted, final, tick)):
-                return linked
+            here = urlsplit(wanted.url).scheme == "file"
+            if here and link and (linked := local.link(wanted.url, wanted.size, wanted.digest, final, tick)):
+                sha256, stat = linked
+                return Downloaded(stat.st_size, sha256, None, stat)
             transfer = _Transfer(wanted, part, file, tick, patience or Patience())
-            transfer.copy() if local else transfer.run()
+            transfer.copy() if here else transfer.run()
             stat = os.fstat(file.fileno())
             transfer.meta.unlink(missing_ok=True)
             commit(part, final)
@@ -105,7 +100,7 @@ def get(url: str, limit: int, patience: Patience | None = None) -> bytes:
     """Return a small file, whole: a list, an answer.  Raises NotThere, InputError or Unavailable."""
     if urlsplit(url).scheme != "file":
         return small(url, limit, patience)[0]
-    with _source(url) as file:
+    with local.source(url) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise InputError(f"{shown(url)}: more than {limit:,} bytes, too much for what it should be")
@@ -115,95 +110,6 @@ def get(url: str, limit: int, patience: Patience | None = None) -> bytes:
 def looks_like_html(head: bytes) -> bool:
     """Tell a page (of a login, a proxy, an error) by its first bytes."""
     return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html", b"<head"))
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """Say why a file could not be written."""
-    if error.errno in NO_SPACE:
-        return InputError(
-            f"{path}: no space left; free some, or choose a folder on a larger disk, then run again: "
-            "it goes on from here"
-        )
-    where = f" ({error.filename})" if error.filename else ""
-    return InputError(f"{path}: cannot be written: {error.strerror or error}{where}")
-
-
-def meta_of(part: Path) -> Path:
-    """Return where it stands what a part is the beginning of."""
-    return part.with_name(f"{part.name}.json")
-
-
-def part_of(final: Path) -> Path:
-    """Return where a file grows."""
-    return final.with_name(f"{final.name}.part")
-
-
-@contextmanager
-def _claimed(final: Path, tick: Callable[[int], None]) -> Iterator[tuple[Path, BinaryIO, bool]]:
-    """Hold the part of `final` alone; the last value tells whether another process had to be waited for."""
-    part, waited = part_of(final), False
-    while True:
-        with _open_part(part) as file:
-            try:
-                waited |= _locked(file, final, tick)
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                if not os.fstat(file.fileno()).st_size:
-                    part.unlink(missing_ok=True)
-                # No locks on this file system, so a name that nobody else has: nothing to go on from, nor to tear.
-                private = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
-                with _open_part(private) as alone:
-                    try:
-                        yield private, alone, False
-                    finally:
-                        private.unlink(missing_ok=True)
-                return
-            if not _is_at(file, part):
-                continue  # its holder finished, and what was locked here is now the final file
-            try:
-                yield part, file, waited
-            finally:
-                if _is_at(file, part) and not os.fstat(file.fileno()).st_size:
-                    meta_of(part).unlink(missing_ok=True)
-                    part.unlink()
-            return
-
-
-def _open_part(part: Path) -> BinaryIO:
-    try:  # never through a link that lies in wait
-        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise InputError(f"{part}: is a link or a folder, not a part of a download; remove it") from None
-        raise
-    file = os.fdopen(handle, "r+b", buffering=0)  # unbuffered: SIGKILL loses nothing that has come
-    if not S_ISREG(os.fstat(handle).st_mode):
-        file.close()
-        raise InputError(f"{part}: is not a plain file; remove it")
-    return file
-
-
-def _locked(file: BinaryIO, final: Path, tick: Callable[[int], None]) -> bool:
-    waited = False
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return waited
-        except BlockingIOError:
-            if not waited:
-                log.warning("%s: another process is fetching it; waiting for that one", final)
-            waited = True
-            tick(0)
-            time.sleep(0.2)
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        there = path.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(file.fileno()), there)
 
 
 class _Transfer:
@@ -245,17 +151,15 @@ class _Transfer:
                 return
             except Again as fault:
                 state = f" from {self.size:,} bytes" if self.size else ""
-                wait = effort.failed(fault, state)
-                if self.size > before and fault.wait is None:
-                    wait = 0.0
+                wait = effort.failed(fault, state, moved=self.size > before)
                 log.warning("%s: %s; trying again%s in %.0f s", wanted.what, fault, state, wait)
                 effort.pause(wait)
 
     def copy(self) -> None:
         """Fill the part from a file on this machine, anew each time."""
         self._truncate()
-        with _source(self.wanted.url) as source:
-            while chunk := _read(source, self.wanted.url):
+        with local.source(self.wanted.url) as source:
+            while chunk := local.read(source, self.wanted.url):
                 self._write(chunk)
         if self.wanted.size not in (None, self.size):
             raise self._wrong(f"{self.wanted.size:,} bytes", f"{self.size:,}")
@@ -457,64 +361,3 @@ class _Transfer:
             f"{self.wanted.what}: {shown(self.wanted.url)} is not the file that is wanted: expected {expected}{known}, "
             f"got {got}{looks}; nothing was kept; correct the URL or the lock"
         )
-
-
-def _link(wanted: Wanted, final: Path, tick: Callable[[int], None]) -> Downloaded | None:
-    """Give a right file of this file system a second name instead of a second copy; None where that fails."""
-    link = final.with_name(f".{final.name}.link")
-    try:
-        with _local(wanted.url).resolve().open("rb") as source:
-            stat = os.fstat(source.fileno())
-            if not S_ISREG(stat.st_mode) or wanted.size not in (None, stat.st_size):
-                return None
-            link.unlink(missing_ok=True)
-            os.link(source.name, link)
-            if not _is_at(source, link):
-                return None
-            sha256 = hashlib.sha256()
-            while chunk := source.read(CHUNK << 2):
-                sha256.update(chunk)
-                tick(len(chunk))
-            changed = os.fstat(source.fileno()).st_mtime_ns != stat.st_mtime_ns
-    except OSError:  # another file system, or not ours to link, or not there: reading it will tell
-        return None
-    else:
-        if changed or wanted.digest not in (None, sha256.hexdigest()):
-            tick(-stat.st_size)
-            return None
-        commit(link, final)
-        return Downloaded(stat.st_size, sha256.hexdigest(), None, stat)
-    finally:
-        with suppress(OSError):
-            link.unlink(missing_ok=True)
-
-
-def _local(url: str) -> Path:
-    return Path(url2pathname(urlsplit(url).path))
-
-
-@contextmanager
-def _source(url: str) -> Iterator[BinaryIO]:
-    path = _local(url)
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    with file:
-        yield file
-
-
-def _read(file: BinaryIO, url: str) -> bytes:
-    try:
-        return file.read(CHUNK << 2)
-    except OSError as error:
-        raise _unreadable(_local(url), error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> InputError | Unavailable:
-    told = f"{path}: cannot be read: {error.strerror}"
-    if isinstance(error, FileNotFoundError):
-        return NotThere(f"{told}; correct the URL or the lock")
-    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
-        return InputError(f"{told}; correct the URL or the lock")
-    return Unavailable(f"{told}; run again")  # a network folder that went away, a bad disk

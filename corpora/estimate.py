@@ -14,10 +14,10 @@ from pathlib import Path
 
 from corpora import tokenizer
 from corpora.clean import clean
-from corpora.download import part_of
 from corpora.errors import InputError
 from corpora.formats import read_shard
 from corpora.lock import Entry, load_lock
+from corpora.part import part_of
 from corpora.prepare import find_manifest
 from corpora.read import BadRecord, parse_record
 from corpora.receipts import raw_path

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISREG
 
-from corpora.download import Downloaded, Patience, Wanted, cannot_write, download, looks_like_html
+from corpora.download import Downloaded, Wanted, download, looks_like_html
 from corpora.errors import InputError
 from corpora.files import sha256_file, write_aside, write_json
+from corpora.local import local_path
 from corpora.lock import Entry, Lock, load_lock
+from corpora.part import cannot_write
+from corpora.patience import Patience
 from corpora.read import MAGIC
 from corpora.receipts import Receipt, raw_path, read_receipt, receipt_path
 from corpora.settings import Corpus
-from corpora.texts import local_path, write_tar
+from corpora.texts import write_tar
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,10 @@ from urllib.parse import quote, urlsplit
 
 from requests.utils import parse_header_links
 
+from corpora.addresses import endpoint
 from corpora.errors import InputError
-from corpora.web import Patience, endpoint, small
+from corpora.patience import Patience
+from corpora.web import small
 
 LIMIT = 64 << 20  # bytes of one answer; a thousand files are about 0.4 MB
 UNKNOWN_FORM = "the answer has an unknown form; is HF_ENDPOINT a Hugging Face endpoint?"

@@ -26,10 +26,11 @@ from corpora.download import get
 from corpora.errors import InputError
 from corpora.files import sha256_file
 from corpora.lock import SOURCES, Entry, Lock, check_path, check_url, read_lock
+from corpora.patience import Patience
 from corpora.read import FORMATS, suffix_of
 from corpora.settings import NAME, Strict, expand, parse, read_toml
 from corpora.texts import deal, measure_tar
-from corpora.web import Patience, head, small
+from corpora.web import head, small
 
 SMALL = 32 << 20  # bytes; what the hub keeps in git itself is smaller, and is hashed by reading it
 Tell = Callable[[str], None]

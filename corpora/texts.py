@@ -9,16 +9,9 @@ import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from corpora.errors import InputError
 from corpora.files import inside
-
-
-def local_path(url: str) -> Path:
-    """Return the path of a file: URL."""
-    return Path(url2pathname(urlsplit(url).path))
 
 
 def deal(paths: Iterable[str], shards: int) -> dict[str, list[str]]:

@@ -5,229 +5,26 @@ from, `Again` (another attempt may help), or an InputError (it will not).
 """
 
 import email.utils
-import ipaddress
-import os
-import random
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
 
-from corpora.errors import InputError, Unavailable
+from corpora.addresses import UNUSABLE, check_address, check_redirect, is_hub, login, shown
+from corpora.errors import InputError
+from corpora.patience import Again, Effort, NotThere, Patience
 
 CHUNK = 1 << 18
 MAX_REDIRECTS = 5
-UNUSABLE = "leads to an address that cannot be used; correct the URL"
 LATER = (408, 425, 429)  # like 5xx, these say "later"
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to go on with a server that fails; in seconds, unless said."""
-
-    connect: float = 10.0
-    read: float = 30.0  # between two reads
-    window: float = 60.0  # fewer than `least` bytes in it are a stall, however steadily they drip
-    least: int = 1 << 20  # bytes; so much more than ever before is progress, and all is forgiven
-    tries: int = 8  # attempts in a row without progress
-    total: float = 1800.0  # without progress, waits included
-    backoff: float = 1.0  # the first wait; it doubles up to a minute
-    longest_wait: float = 600.0  # a server that asks for more is taken at its word: not today
-
-
-class NotThere(InputError):
-    """The server has no such file."""
-
-
-class Again(Exception):
-    """An attempt failed in a way that another one may not.
-
-    `wait` is what the server asks for; `otherwise` is the error if the next attempt fails in this way too.
-    """
-
-    def __init__(self, why: str, wait: float | None = None, otherwise: InputError | None = None) -> None:
-        super().__init__(why)
-        self.wait, self.otherwise = wait, otherwise
-
-
-class Effort:
-    """Count the attempts at one file, and wait between them; give up when patience ends."""
-
-    def __init__(self, url: str, patience: Patience, tick: Callable[[int], None] | None = None) -> None:
-        self.url, self.patience, self.tick = url, patience, tick or (lambda _: None)
-        self.progressed()
-
-    def progressed(self) -> None:
-        """Begin to count anew."""
-        self.tries, self.since, self.refused = 0, time.monotonic(), False
-
-    def failed(self, fault: Again, state: str = "") -> float:
-        """Count a failure and return the seconds to wait.  Raises Unavailable when it was one too many."""
-        if fault.otherwise is not None and self.refused:
-            raise fault.otherwise
-        self.refused = fault.otherwise is not None
-        self.tries += 1
-        patience, spent = self.patience, time.monotonic() - self.since
-        wait = min(60.0, patience.backoff * 2.0 ** min(self.tries - 1, 20) * random.uniform(0.75, 1.25))
-        if fault.wait is not None:
-            if fault.wait > patience.longest_wait:
-                until = time.strftime(
-                    "%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() + min(fault.wait, 1e10))
-                )
-                raise Unavailable(
-                    f"{shown(self.url)}: the server asks to wait until {until}; run again then{state}"
-                )
-            wait = max(wait, fault.wait)
-        if self.tries >= patience.tries or spent + wait > patience.total:
-            raise Unavailable(
-                f"{shown(self.url)}: {self.tries} tries in {spent:.0f} s without progress; the last: {fault}; "
-                f"run again to go on{state}"
-            ) from None
-        return wait
-
-    def pause(self, seconds: float) -> None:
-        """Wait; the caller is called every second at most, and may leave by raising."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.tick(0)
-            time.sleep(min(left, 0.5))
-        self.tick(0)
-
-
-def endpoint() -> str:
-    """Return the Hugging Face endpoint: $HF_ENDPOINT (a mirror), or the hub itself."""
-    found = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    try:
-        check_address(found)
-    except ValueError as error:
-        raise InputError(
-            f"HF_ENDPOINT: {error}; set it to an address such as https://huggingface.co"
-        ) from None
-    return found
-
-
-def check_address(url: str) -> None:
-    """Raise ValueError for what is no http or https address."""
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-    except ValueError as error:
-        raise ValueError(f"{shown(url)} cannot be an address ({error})") from None
-    if not sound:
-        raise ValueError(f"{shown(url)} is no http or https address")
-
-
-def shown(url: str) -> str:
-    """Return a URL as it may be told: without user, password, query and fragment."""
-    try:
-        parts = urlsplit(url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    except ValueError:
-        return "the URL"
-
-
-def token() -> str | None:
-    """Return the Hugging Face token: $HF_TOKEN, or the file where `hf auth login` puts it."""
-    if found := os.environ.get("HF_TOKEN", "").strip():
-        return found
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token")
-    try:
-        return path.read_text("utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-class _Bearer(requests.auth.AuthBase):
-    """A token as an explicit login: one in ~/.netrc would replace a plain header."""
-
-    def __init__(self, secret: str) -> None:
-        self.secret = secret
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self.secret}"
-        return request
-
-
-def is_hub(url: str) -> bool:
-    """Tell whether a URL is the Hugging Face endpoint's own, by scheme, host and port."""
-    return _origin(url) == _origin(endpoint())
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _login(url: str) -> requests.auth.AuthBase | None:
-    """Return what to log in with: the token goes to the hub alone, and never over an open line."""
-    if not is_hub(url) or not (urlsplit(url).scheme == "https" or _near(url) == "loopback"):
-        return None
-    secret = token()
-    if secret is None:
-        return None
-    if not (secret.isascii() and secret.isprintable()):
-        raise InputError("the Hugging Face token (HF_TOKEN or its file) has odd characters; set it anew")
-    return _Bearer(secret)
-
-
-def _near(url: str) -> str:
-    """Tell how near a URL's host is: link-local, loopback, private, or "" for the world or not known."""
-    host = unquote(urlsplit(url).hostname or "").partition("%")[0].rstrip(".")  # no zone, no root
-    try:
-        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return ""  # a proxy may know it
-    addresses = [_plain(ipaddress.ip_address(address)) for address in found]
-    if any(address.is_link_local for address in addresses):
-        return "link-local"
-    if any(address.is_loopback for address in addresses):
-        return "loopback"
-    return "private" if any(not address.is_global for address in addresses) else ""
-
-
-def _plain(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return the IPv4 address that an IPv6 one carries, where it does (mapped, compatible, NAT64, 6to4)."""
-    if isinstance(address, ipaddress.IPv4Address) or address in (ipaddress.ip_address("::1"),):
-        return address
-    for network in ("::ffff:0:0/96", "::/96", "64:ff9b::/96"):
-        if address in ipaddress.ip_network(network):
-            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.sixtofour or address
-
-
-def _check_redirect(origin: str, here: str, there: str) -> None:
-    """Refuse a redirect that could carry the download, or its login, to where nobody meant it to go."""
-    try:
-        check_address(there) if urlsplit(there).scheme in ("http", "https") else None
-        scheme, host = urlsplit(there).scheme, urlsplit(there).hostname
-    except ValueError:
-        raise InputError(f"{shown(origin)}: {UNUSABLE}") from None
-    why = None
-    if scheme not in ("http", "https") or not host:
-        why = f"an address that is not http or https ({scheme}:)"
-    elif scheme == "http" and urlsplit(here).scheme == "https":
-        why = f"an open http address, at {host}"
-    elif _origin(there) != _origin(origin):
-        near = _near(there)
-        if near == "link-local" or (near and not _near(origin)):
-            why = f"a {near} address, {host}"
-    if why:
-        raise InputError(
-            f"{shown(origin)}: the server redirects to {why}; correct the URL, or use another mirror"
-        )
 
 
 class _Watch:
@@ -258,12 +55,9 @@ class _Watch:
             if self.received - before < self.patience.least:
                 self.why = f"only {self.received - before:,} bytes came in {window:g} s"
                 for one in self.sockets:
-                    try:
-                        socket.socket.shutdown(
-                            one, socket.SHUT_RDWR
-                        )  # not SSLSocket's own, which is not for threads
-                    except OSError:
-                        pass
+                    with suppress(OSError):
+                        # Not SSLSocket's own shutdown, which is not for another thread than the reader's.
+                        socket.socket.shutdown(one, socket.SHUT_RDWR)
                 return
             before = self.received
 
@@ -359,10 +153,8 @@ def ask(url: str, patience: Patience, headers: Mapping[str, str] | None = None) 
         check_address(url)
     except ValueError as error:
         raise InputError(f"{error}; correct the URL") from None
-    wanted = {
-        "Accept-Encoding": "identity",
-        **(headers or {}),
-    }  # the hash is of the file, not of a gzip of it
+    # identity: the hash is of the file, not of a gzip of it
+    wanted = {"Accept-Encoding": "identity", **(headers or {})}
     hops: list[Mapping[str, str]] = []
     here = url
     with _Watch(patience) as watch, requests.Session() as session:
@@ -377,7 +169,7 @@ def ask(url: str, patience: Patience, headers: Mapping[str, str] | None = None) 
                     yield answer
                     return
             there = urljoin(here, target)
-            _check_redirect(url, here, there)
+            check_redirect(url, here, there)
             hops.append(response.headers)
             here = there
             if len(hops) > MAX_REDIRECTS:
@@ -395,14 +187,14 @@ def _send(
     watch: _Watch,
 ) -> requests.Response:
     """Send one request and return the response, redirects not followed, the body unread."""
-    login = _login(here)
+    auth = login(here)
     try:
         return session.get(
             here,
             stream=True,
             allow_redirects=False,
             headers=headers,
-            auth=login,
+            auth=auth,
             timeout=(patience.connect, patience.read),
         )
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, UnicodeError):

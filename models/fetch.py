@@ -19,10 +19,12 @@ from typing import Literal
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from corpora.checksums import Checksum, check_name, checksum_file, parse_checksums
-from corpora.download import NotThere, Patience, Wanted, cannot_write, download, get, part_of
+from corpora.download import Wanted, download, get
 from corpora.errors import InputError, Unavailable
 from corpora.files import inside, write_aside
 from corpora.lock import check_url
+from corpora.part import cannot_write, part_of
+from corpora.patience import NotThere, Patience
 from corpora.progress import Progress
 
 LISTS = (

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from corpora.download import Patience
 from corpora.errors import InputError, PilelineError, Unavailable
 from corpora.fetch import fetch, verified
+from corpora.patience import Patience
 from corpora.receipts import Receipt, raw_path, receipt_path
 from corpora.settings import Corpus
 from corpora.texts import measure_tar

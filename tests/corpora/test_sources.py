@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from corpora.download import Patience
 from corpora.errors import InputError, Unavailable
 from corpora.fetch import fetch
 from corpora.formats import read_shard
 from corpora.lock import Lock, read_lock
+from corpora.patience import Patience
 from corpora.settings import Corpus, expand
 from corpora.sources import SOURCES, find, make_lock
 

@@ -16,9 +16,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from corpora import hub
-from corpora.download import Patience, part_of
 from corpora.errors import InputError, Unavailable
 from corpora.hub import HubFile
+from corpora.part import part_of
+from corpora.patience import Patience
 from models import fetch as module
 from models.fetch import Result, address, fetch, remarks
 
