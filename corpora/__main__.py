@@ -18,7 +18,7 @@ from corpora.parallel import cores, each
 from corpora.part import part_of
 from corpora.patience import Patience
 from corpora.prepare import block_files, prepare
-from corpora.progress import Progress, emit
+from corpora.progress import Progress, emit, log_above_bars, say
 from corpora.receipts import Receipt, raw_path, read_receipt
 from corpora.settings import DEPLOYMENTS, Corpus, DataSettings
 
@@ -210,23 +210,24 @@ def _fetch(recipe: str, shard: list[str] | None, parallel: int, patience: float)
         print(f"warning: {warning}", file=sys.stderr)
 
     def one(name: str) -> tuple[Receipt, bool]:
-        with Progress(f"fetch {name}", lock.entry(name).size, "B") as progress:
+        entry = lock.entry(name)
+        with Progress(f"fetch {name}", entry.size or entry.about, "B") as progress:
             return fetch(corpus, name, data, progress.add, Patience(total=patience * 60))
 
+    log_above_bars()
     failed: list[PilelineError] = []
     for name, result in each(names, one, parallel):
         if isinstance(result, PilelineError):
             failed.append(result)
-            print(f"error: {result}", file=sys.stderr)
+            say(f"error: {result}", sys.stderr)
             continue
         receipt, skipped = result
         trust = " (trusted on first use)" if receipt.trust == "first use" else ""
-        print(
+        say(
             f"{name}: {receipt.size:,} bytes, sha256 {receipt.sha256}{trust}{' (up to date)' if skipped else ''}"
         )
-    return max((error.exit_code for error in failed if isinstance(error, InputError)), default=0) or max(
-        (error.exit_code for error in failed), default=0
-    )
+    final = [error for error in failed if isinstance(error, InputError)] or failed
+    return final[0].exit_code if final else 0
 
 
 def _prepare(recipe: str, shard: list[str] | None, events: bool) -> int:

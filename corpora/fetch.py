@@ -129,6 +129,10 @@ def _write_receipt(
 
 def _pack(lock: Lock, entry: Entry, final: Path, tick: Callable[[int], None]) -> Downloaded:
     """Make the one file that a folder's texts are kept in; each text must be the lock's."""
+    if not lock.url.startswith("file:"):
+        raise InputError(
+            f"shard {entry.name}: is made of the texts of a folder, so its address must be one (file:), not {lock.url}"
+        )
     try:
         with write_aside(final) as aside:
             sha256 = write_tar(local_path(lock.url), entry.texts, aside, tick)

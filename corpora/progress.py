@@ -8,9 +8,10 @@ A line of the second kind is one JSON object with the key "event":
 """
 
 import json
+import logging
 import sys
 import time
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -18,6 +19,22 @@ from tqdm import tqdm
 def emit(event: str, **fields: Any) -> None:
     """Print one event line on stdout for the parent process."""
     print(json.dumps({"event": event, **fields}, ensure_ascii=False), flush=True)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line above the bars (on stdout, unless said)."""
+    tqdm.write(line, file=file or sys.stdout)
+    (file or sys.stdout).flush()
+
+
+class _AboveBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), sys.stderr)
+
+
+def log_above_bars() -> None:
+    """Show the warnings of this process as lines above its bars."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_AboveBars()])
 
 
 class Progress:

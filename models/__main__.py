@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from corpora.errors import EXIT_INPUT, EXIT_UNAVAILABLE, run_cli
 from corpora.files import data_root
-from corpora.progress import emit
+from corpora.progress import emit, log_above_bars, say
 from corpora.settings import read_toml, recipe_path
 from models import runs
 from models.settings import RunSettings
@@ -143,11 +141,8 @@ def _new(recipe: str) -> int:
 def _fetch(url: str, folder: Path, checklist: list[str] | None, parallel: int, revision: str | None) -> int:
     from models.fetch import fetch
 
-    def tell(line: str) -> None:
-        tqdm.write(line, sys.stdout)  # above the bars
-        sys.stdout.flush()
-
-    results = fetch(url, folder, checklist, revision=revision, parallel=parallel, tell=tell)
+    log_above_bars()
+    results = fetch(url, folder, checklist, revision=revision, parallel=parallel, tell=say)
     failures = [result for result in results if result.failed]
     for failure in failures:
         print(f"error: {failure.line}", file=sys.stderr)

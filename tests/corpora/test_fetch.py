@@ -309,6 +309,8 @@ def test_folder_of_texts_is_kept_as_one_tar(place: Place, tmp_path: Path) -> Non
     assert fetch(corpus, "train/00", place.data, pytest.fail) == (receipt, True)
 
     (place.data / receipt.path).unlink()
+    with pytest.raises(InputError, match=r"its address must be one \(file:\), not https://x\.org$"):
+        fetch(corpus.model_copy(update={"url": "https://x.org"}), "train/00", place.data)
     (folder / "a.txt").write_text("another", "utf-8")
     with pytest.raises(
         InputError, match=r"a\.txt: is not the text that the lock names: expected sha256 .* lock the"

@@ -38,7 +38,7 @@ def test_a_watched_deployment_ends_completed_with_its_pages(trained: Any) -> Non
     assert all("data:image/svg+xml;base64," in pages[key] for key in ("loss", "bits-per-byte"))
     assert "The cat" in pages["samples"]
     rings = {one["key"]: one["data"] for one in artifacts if one["type"] == "progress"}
-    assert rings[f"{folder.name}-train"] == 100.0
+    assert rings[f"{folder.name}-train"] == rings["tiny-corpus-fetch-train-00"] == 100.0
 
 
 def test_the_log_of_the_rooms_is_shown_with_the_run(trained: Any) -> None:
