@@ -74,7 +74,10 @@ def _file(item: dict[str, Any]) -> HubFile:
     lfs = item.get("lfs") or {}
     sha256 = lfs.get("oid")
     known = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
-    return HubFile(str(item["path"]), lfs.get("size") or item.get("size") or None, sha256 if known else None)
+    path = str(item["path"])
+    if not path.isprintable():
+        raise TypeError(path)
+    return HubFile(path, lfs.get("size") or item.get("size") or None, sha256 if known else None)
 
 
 def _repository(url: str) -> tuple[str, str]:

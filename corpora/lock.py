@@ -51,6 +51,8 @@ def check_url(url: str) -> str:
         host = parts.hostname
     except ValueError as error:
         raise ValueError(f"{url!r}: {error}") from None
+    if "@" in parts.netloc:  # it would end up in receipts and messages
+        raise ValueError(f"it carries a user name or password for {host}; put them into ~/.netrc")
     if parts.scheme == "hf":
         hub.repository(url)
         return url.rstrip("/")
@@ -60,8 +62,6 @@ def check_url(url: str) -> str:
         raise ValueError(f"{url!r} is not an absolute path on this machine, as in file:///data/shards")
     if parts.scheme != "file" and not host:
         raise ValueError(f"{url!r} names no host")
-    if "@" in parts.netloc:  # it would end up in receipts and messages
-        raise ValueError(f"it carries a user name or password for {host}; put them into ~/.netrc")
     if parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in url):
         raise ValueError(f"{url!r} is no plain base URL (no ?, #, white space or control characters)")
     return url.rstrip("/")

@@ -4,71 +4,37 @@ LLaMA's folders bring checklist.chk (md5), others SHA256SUMS; the Hugging Face h
 One bad file does not stop the others.  Running it again verifies what is there and fetches what is not.
 """
 
-import posixpath
 import re
 import shutil
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from queue import SimpleQueue
+from pathlib import Path, PurePosixPath
 from typing import Literal
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
-from corpora.checksums import Checksum, check_name, checksum_file, parse_checksums
+from corpora import hub
+from corpora.addresses import shown
+from corpora.checksums import Checksum, checksum_file, parse_checksums
 from corpora.download import Wanted, download, get
-from corpora.errors import InputError, Unavailable
+from corpora.errors import InputError, PilelineError, Unavailable
 from corpora.files import inside, write_aside
 from corpora.lock import check_url
+from corpora.parallel import each
 from corpora.part import cannot_write, part_of
 from corpora.patience import NotThere, Patience
 from corpora.progress import Progress
 
-LISTS = (
-    "checklist.chk",
-    "tokenizer_checklist.chk",
-    "SHA256SUMS",
-    "SHA256SUMS.txt",
-    "sha256sums.txt",
-    "sha256sum.txt",
-    "MD5SUMS",
-    "md5sums.txt",
-)
+LISTS = ("checklist.chk", "tokenizer_checklist.chk", "SHA256SUMS", "SHA256SUMS.txt",
+         "sha256sums.txt", "sha256sum.txt", "MD5SUMS", "md5sums.txt")  # fmt: skip
 LIST_LIMIT = 16 << 20  # bytes; a list is small
-SHARD = re.compile(r"consolidated\.(\d{2})\.pth")
-WEIGHTS = ("*.pth", "*.safetensors")
+SHARD = re.compile(r"((?:.*/)?)consolidated\.(\d{2})\.pth")
+WEIGHTS = (".pth", ".safetensors")
+CURE = "correct the URL, or name the lists that are right: --checklist NAME"
 
-State = Literal["fetched", "verified", "missing", "refused", "unavailable"]
-Bar = Callable[[str, int | None], Progress]
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One file as the lists have it."""
-
-    name: str  # relative to the model folder
-    url: str
-    source: str  # which lists name it
-    checksum: Checksum
-    size: int | None = None  # in bytes; None: not known
-
-    @property
-    def what(self) -> str:
-        """How messages call it."""
-        return f"{self.name} (listed in {self.source})"
-
-    @property
-    def check(self) -> Checksum:
-        """The digest that decides: sha256 where both are known, as for `Wanted`."""
-        return replace(self.checksum, md5=None) if self.checksum.sha256 else self.checksum
-
-    @property
-    def kind(self) -> str | None:
-        """The name of that digest."""
-        return next(iter(self.check.kinds), None)
+Files = dict[str, Wanted]  # by name, relative to the model folder
+Lists = dict[str, tuple[bytes, dict[str, Checksum]]]  # by name: its text, and what that says
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,72 +42,13 @@ class Result:
     """What became of one file."""
 
     name: str
-    state: State
+    state: Literal["fetched", "verified", "missing", "refused", "unavailable"]
     line: str  # the same for people
 
     @property
     def failed(self) -> bool:
         """Whether the file is not there, or not the right one."""
         return self.state not in ("fetched", "verified")
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Bring one file after another, in several threads."""
-
-    folder: Path
-    bar: Bar
-    patience: Patience | None
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def one(self, file: Listed) -> Result:
-        """Verify a file that is there, or fetch it; a failure is a result."""
-        try:
-            final = inside(self.folder, file.name)
-            if final.is_dir():  # told before the download, not after it
-                raise InputError(f"{final}: a folder stands in the file's place; move it away")
-            if self._is_there(file, final):
-                return self._verified(file, final)
-            wanted = Wanted(file.what, file.url, file.size, file.check.sha256, file.check.md5)
-            with self.bar(f"fetch {file.name}", file.size) as progress:
-                done = download(
-                    wanted,
-                    final,
-                    partial(self._tick, progress),
-                    self.patience,
-                    partial(self._is_there, file, final),
-                )
-        except NotThere as error:
-            return _failure(file, "missing", error)
-        except Unavailable as error:
-            return _failure(file, "unavailable", error)
-        except InputError as error:
-            return _failure(file, "refused", error)
-        except OSError as error:  # the old file cannot be read, its name is too long for this disk
-            told = f"{self.folder / file.name}: {error.strerror or error}; move it away, then run again"
-            return _failure(file, "refused", InputError(told))
-        if done is None:  # another process brought it in the meantime
-            return self._verified(file, final)
-        how = f"{kind} verified" if (kind := file.kind) else "size only" if file.size else "not verifiable"
-        return Result(file.name, "fetched", f"{file.name}: {done.size:,} bytes, {how}")
-
-    def _is_there(self, file: Listed, final: Path) -> bool:
-        """Hash a file that is there: no receipt is kept, and disks lie."""
-        if file.kind is None:  # equal size is no proof that it is not another revision's; it is small
-            return False
-        if not final.is_file() or file.size not in (None, final.stat().st_size):
-            return False
-        with self.bar(f"verify {file.name}", final.stat().st_size) as progress:
-            return checksum_file(final, file.check, partial(self._tick, progress)) == file.check
-
-    def _verified(self, file: Listed, final: Path) -> Result:
-        size = final.stat().st_size
-        return Result(file.name, "verified", f"{file.name}: {size:,} bytes, {file.kind} (verified before)")
-
-    def _tick(self, progress: Progress, amount: int) -> None:
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        progress.add(amount)
 
 
 def fetch(
@@ -151,7 +58,6 @@ def fetch(
     *,
     revision: str | None = None,
     parallel: int = 4,
-    bar: Bar | None = None,
     tell: Callable[[str], None] | None = None,
     patience: Patience | None = None,
 ) -> tuple[Result, ...]:
@@ -159,228 +65,182 @@ def fetch(
 
     `lists` names the lists of checksums, relative to `url`; None tries the usual names, and asks the hub for an
     hf:// URL.  The names in a list are relative to the list.  `tell` gets a line for each file that is well, and
-    remarks.  Raises InputError or Unavailable where the lists themselves cannot be had.
+    remarks.  Raises InputError or Unavailable where the lists cannot be had, and InputError where they cannot be
+    followed or the folder cannot hold what they name.
     """
     say = tell or (lambda _: None)
-    files = _find(url, folder, lists, revision, patience)
+    files, kept = _find(url, folder, lists, revision, patience)
     if not files:
-        raise InputError(f"{url}: no file is listed there")
-    for remark in remarks(file.name for file in files):
+        raise InputError(f"{shown(url)}: no file is listed there")
+    for remark in remarks(files):
         say(f"note: {remark}")
-    _check_parts(files)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    _check_space(folder, files)
-    work = _Work(folder, bar or (lambda what, total: Progress(what, total, "B")), patience)
-    results = _in_parallel(files, work, parallel, say)
-    for name in _strangers(folder, files):
+    _prepare(folder, kept, files)
+    results: dict[str, Result] = {}
+    work = partial(_bring, folder=folder, patience=patience)
+    for (name, wanted), result in each(files.items(), work, parallel):
+        results[name] = _failure(name, wanted, result) if isinstance(result, PilelineError) else result
+        if not results[name].failed:
+            say(results[name].line)
+    for name in _strangers(folder, results):
         say(f"note: {name}: in {folder}, but not in any list; nothing tells whether it belongs to the model")
-    return tuple(results[file.name] for file in files)
+    return tuple(results[name] for name in files)
 
 
 def remarks(names: Iterable[str]) -> list[str]:
-    """Say what a LLaMA folder seems to lack, going by the names of its files."""
-    folders: dict[str, set[str]] = {}
-    for name in names:
-        folders.setdefault(posixpath.dirname(name), set()).add(posixpath.basename(name))
-    found = []
-    for folder, inner in sorted(folders.items()):
-        numbers = {int(match[1]) for match in map(SHARD.fullmatch, inner) if match}
-        if not numbers:
-            continue
-        lost = [f"consolidated.{number:02}.pth" for number in range(max(numbers)) if number not in numbers]
-        for name in [*lost, *({"params.json"} - inner)]:
-            path = posixpath.join(folder, name)
-            found.append(f"{path} is not listed, though a LLaMA folder has one; the model may be incomplete")
-    return found
-
-
-def _find(
-    url: str, folder: Path, lists: Sequence[str] | None, revision: str | None, patience: Patience | None
-) -> list[Listed]:
-    """Return all files that are to come, and keep the lists that say so."""
-    if url.startswith("hf://"):
-        from corpora import hub
-
-        if lists is None:
-            commit, found = hub.files(url, revision, patience)
-            base, source = hub.resolve(url, commit), f"{url} at {commit[:12]}"
-            return [
-                Listed(file.path, address(base, file.path), source, Checksum(sha256=file.sha256), file.size)
-                for file in found
-            ]
-        url = hub.resolve(url, revision)
-    elif revision is not None:
-        raise InputError(f"--revision {revision}: only hf:// URLs have revisions")
-    return _from_lists(url, folder, lists, patience)
-
-
-def _from_lists(
-    url: str, folder: Path, lists: Sequence[str] | None, patience: Patience | None
-) -> list[Listed]:
-    texts: dict[str, bytes] = {}
-    found: dict[str, Listed] = {}
-    for given in LISTS if lists is None else lists:
-        try:
-            name = check_name(given)
-        except ValueError as error:
-            raise InputError(f"list of checksums: {error}") from None
-        whole = address(url, name)
-        try:
-            text = get(whole, LIST_LIMIT, patience)
-            listed = parse_checksums(text, shown(url, name))
-        except NotThere:
-            if lists is None:
-                continue
-            raise InputError(f"{shown(url, name)}: no such list; correct the URL, or its name") from None
-        except InputError as error:
-            cure = "; if that is no list, name those that are: --checklist NAME" if lists is None else ""
-            raise InputError(f"{_unsigned(str(error), url)}{cure}") from None
-        except Unavailable as error:
-            raise Unavailable(_unsigned(str(error), url)) from None
-        texts[name] = text
-        for relative, checksum in listed.items():
-            path = posixpath.join(posixpath.dirname(name), relative)
-            if path != name:  # a list may list itself, but not rightly
-                _add(found, Listed(path, address(url, path), name, checksum))
-    if not texts:
-        raise InputError(
-            f"{shown(url, '')}: no list of checksums there (tried {', '.join(LISTS)}); "
-            "correct the URL, or name the list: --checklist NAME"
-        )
-    for name, text in texts.items():
-        final = inside(folder, name)
-        try:
-            with write_aside(final) as aside:
-                aside.write_bytes(text)
-        except OSError as error:
-            raise cannot_write(final, error) from None
-    return list(found.values())
-
-
-def _add(found: dict[str, Listed], file: Listed) -> None:
-    """Merge what two lists say of one file."""
-    key = file.name.casefold()  # on some file systems Params.json and params.json are one file
-    before = found.setdefault(key, file)
-    if before.name != file.name:
-        raise InputError(
-            f"{before.name!r} (listed in {before.source}) and {file.name!r} (in {file.source}) differ in case only"
-        )
-    if before is file:
-        return
-    try:
-        checksum = before.checksum.merge(file.checksum)
-    except ValueError as error:
-        raise InputError(
-            f"{file.name}: {before.source} and {file.source} contradict each other: {error}; "
-            "name the list that is right: --checklist NAME"
-        ) from None
-    found[key] = replace(before, checksum=checksum, source=f"{before.source} and {file.source}")
+    """Say what a LLaMA folder seems to lack, going by the names of its files.  Raises no error."""
+    there = set(names)
+    shards = [match for match in map(SHARD.fullmatch, there) if match]
+    expected = {f"{match[1]}consolidated.{n:02}.pth" for match in shards for n in range(int(match[2]))}
+    expected |= {f"{match[1]}params.json" for match in shards}
+    told = "is not listed, though a LLaMA folder has one; the model may be incomplete"
+    return [f"{name} {told}" for name in sorted(expected - there)]
 
 
 def address(url: str, name: str) -> str:
-    """Return the URL of a file in the folder `url`; a * in it stands for the name, a ?query stays behind it."""
-    parts = urlsplit(url)
+    """Return the URL of a file in the folder `url`, which may be signed: the ?query stays behind the name.
+
+    Meta's have a * where the name goes.  Raises InputError for what is no URL of a folder.
+    """
+    base, mark, query = url.partition("?")
     try:
-        check_url(url.partition("?")[0])
+        check_url(base)
     except ValueError as error:
         raise InputError(f"URL: {error}") from None
-    path = f"{parts.path.rstrip('/')}/*" if "*" not in parts.path else parts.path
-    return urlunsplit(parts._replace(path=path.replace("*", quote(name), 1)))
+    return f"{base.removesuffix('*').rstrip('/')}/{quote(name)}{mark}{query}"
 
 
-def shown(url: str, name: str) -> str:
-    """Return the URL of a file as messages show it: without the query, which may be a signature."""
-    return address(url, name).partition("?")[0]
+def _find(
+    url: str, folder: Path, names: Sequence[str] | None, revision: str | None, patience: Patience | None
+) -> tuple[Files, Lists]:
+    """Return all files that are to come, and the lists that say so; the hub's own is none to be kept."""
+    if url.startswith("hf://"):
+        if names is None:
+            return _from_hub(url, revision, patience), {}
+        url = hub.resolve(url, revision)
+    elif revision is not None:
+        raise InputError(f"--revision {revision}: only hf:// URLs have revisions")
+    lists = _read_lists(url, folder, names, patience)
+    return _from_lists(url, lists), lists
 
 
-def _unsigned(text: str, url: str) -> str:
-    query = urlsplit(url).query
-    return text.replace(f"?{query}", "") if query else text
+def _from_hub(url: str, revision: str | None, patience: Patience | None) -> Files:
+    commit, found = hub.files(url, revision, patience)
+    base, known = hub.resolve(url, commit), f"(listed in {url} at {commit[:12]})"
+    return {f.path: Wanted(f"{f.path} {known}", address(base, f.path), f.size, f.sha256) for f in found}
 
 
-def _check_parts(files: Iterable[Listed]) -> None:
-    """Refuse a file with the name under which another one grows."""
-    names = {file.name for file in files}
-    for name in sorted(names):
-        if {f"{name}.part", f"{name}.part.json"} & names:
-            raise InputError(f"{name}.part is listed as well as {name}, which needs that name while it grows")
+def _read_lists(url: str, folder: Path, names: Sequence[str] | None, patience: Patience | None) -> Lists:
+    found: Lists = {}
+    for name in LISTS if names is None else names:
+        inside(folder, name)  # refused before it is asked for
+        place = address(url, name)
+        try:
+            text = get(place, LIST_LIMIT, patience)
+            found[name] = text, parse_checksums(text, shown(place))
+        except InputError as error:
+            if names is not None:
+                raise
+            if not isinstance(error, NotThere):
+                raise InputError(f"{error}; {CURE}") from None
+    if not found:
+        raise InputError(f"{shown(url)}: no list of checksums there (tried {', '.join(LISTS)}); {CURE}")
+    return found
 
 
-def _check_space(folder: Path, files: Iterable[Listed]) -> None:
-    """Refuse to begin what cannot end well, as far as sizes are known."""
+def _from_lists(url: str, lists: Lists) -> Files:
+    """Bring together what the lists say."""
+    files: Files = {}
+    known: dict[str, Checksum] = {}
+    sources: dict[str, str] = {}
+    for source, (_, checksums) in lists.items():
+        for relative, checksum in checksums.items():
+            name = str(PurePosixPath(source).parent / relative)
+            if name == source:  # a list may list itself, but not rightly
+                continue
+            sources[name] = f"{sources[name]} and {source}" if name in sources else source
+            try:
+                known[name] = checksum = known.get(name, checksum).merge(checksum)
+            except ValueError as error:
+                clash = f"{sources[name]} contradict each other: {error}"
+                raise InputError(f"{name}: {clash}; {CURE}") from None
+            what, md5 = f"{name} (listed in {sources[name]})", None if checksum.sha256 else checksum.md5
+            files[name] = Wanted(what, address(url, name), None, checksum.sha256, md5)
+    _check_names(files)
+    return files
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse names that would be one file on some file systems, or are where another file grows."""
+    taken: dict[str, str] = {}
+    for name in names:
+        for path in (name, f"{name}.part", f"{name}.part.json"):
+            other = taken.setdefault(path.casefold(), name)
+            if other != name:
+                why = "they differ in case only, or one is the .part that the other comes in"
+                raise InputError(f"{name} is listed as well as {other}: {why}; correct the list")
+
+
+def _prepare(folder: Path, lists: Lists, files: Files) -> None:
+    """Keep the lists in the folder; refuse to begin what cannot end well, as far as sizes are known."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (text, _) in lists.items():
+            with write_aside(folder / name) as aside:
+                aside.write_bytes(text)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
     missing = 0
-    for file in files:
-        final = folder / file.name
-        there = 0
-        with suppress(OSError):  # of a name that is refused later
-            there = final.stat().st_size if final.is_file() else 0
-            if there != file.size:  # it stays until the right one is whole
-                there = part.stat().st_size if (part := part_of(final)).is_file() else 0
-        missing += max(0, (file.size or 0) - there)
+    for name, wanted in files.items():
+        with suppress(OSError, InputError):  # of a name that is refused later
+            final = inside(folder, name)
+            there = sum(path.stat().st_size for path in (final, part_of(final)) if path.is_file())
+            missing += max(0, (wanted.size or 0) - there)
     free = shutil.disk_usage(folder).free
     if missing > free:
-        raise InputError(
-            f"{folder}: no space: {missing:,} bytes are to come, {free:,} are free; "
-            "free some, or name a folder on a larger disk"
-        )
+        told = f"{folder}: no space: {missing:,} bytes are to come, {free:,} are free"
+        raise InputError(f"{told}; free some, or name a folder on a larger disk")
 
 
-def _in_parallel(
-    files: Sequence[Listed], work: _Work, parallel: int, say: Callable[[str], None]
-) -> Mapping[str, Result]:
-    """Work on `parallel` files at a time.
-
-    Daemons, since a thread that waits for a silent server must not hold up Ctrl-C: what it has is on disk.
-    """
-    waiting = deque(files)
-    finished: SimpleQueue[Result | BaseException] = SimpleQueue()
-
-    def run() -> None:
-        with suppress(IndexError):  # none is waiting
-            while not work.stop.is_set():
-                file = waiting.popleft()
-                try:
-                    finished.put(work.one(file))
-                except BaseException as error:
-                    finished.put(error)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(parallel, len(files)))]
-    results = {}
+def _bring(item: tuple[str, Wanted], folder: Path, patience: Patience | None) -> Result:
+    """Verify a file that is there, or fetch it.  Raises NotThere, InputError or Unavailable."""
+    name, wanted = item
     try:
-        for thread in threads:
-            thread.start()
-        for _ in files:
-            result = finished.get()
-            if isinstance(result, BaseException):
-                raise result
-            results[result.name] = result
-            if not result.failed:
-                say(result.line)
-    finally:
-        work.stop.set()
-        for thread in threads:
-            thread.join(1.0)
-    return results
+        final = inside(folder, name)
+        if final.is_dir():  # told before the download, not after it
+            raise InputError(f"{final}: a folder stands in the file's place; move it away")
+        there = _is_right(final, wanted)
+    except OSError as error:  # it cannot be read, or its name is too long for this disk
+        raise InputError(f"{folder / name}: {error.strerror}; move it away, then run again") from None
+    if not there:
+        with Progress(f"fetch {name}", wanted.size, "B") as bar:
+            done = download(wanted, final, bar.add, patience, partial(_is_right, final, wanted))
+        there = done is None  # another process brought it in the meantime
+    line = f"{name}: {final.stat().st_size:,} bytes"
+    kind = "sha256" if wanted.sha256 else "md5"
+    if there:
+        return Result(name, "verified", f"{line}, {kind} (verified before)")
+    how = f"{kind} verified" if wanted.digest else "size only" if wanted.size else "not verifiable"
+    return Result(name, "fetched", f"{line}, {how}")
 
 
-def _failure(file: Listed, state: State, error: Exception) -> Result:
-    told = _unsigned(str(error), file.url)
-    if not told.startswith(file.what):
-        told = f"{file.what}: {told}"
-    return Result(file.name, state, told)
+def _is_right(final: Path, wanted: Wanted) -> bool:
+    """Hash a file that is there: no receipt is kept, and disks lie."""
+    if not wanted.digest or not final.is_file() or wanted.size not in (None, final.stat().st_size):
+        return False  # without a digest equal size is no proof: another revision's may have it
+    right = Checksum(wanted.md5, wanted.sha256)
+    with Progress(f"verify {final.name}", final.stat().st_size, "B") as bar:
+        return checksum_file(final, right, bar.add) == right
 
 
-def _strangers(folder: Path, files: Iterable[Listed]) -> list[str]:
+def _failure(name: str, wanted: Wanted, error: PilelineError) -> Result:
+    told = f"{wanted.what}: {str(error).removeprefix(f'{wanted.what}: ')}"
+    if isinstance(error, Unavailable):
+        return Result(name, "unavailable", told)
+    return Result(name, "missing" if isinstance(error, NotThere) else "refused", told)
+
+
+def _strangers(folder: Path, results: dict[str, Result]) -> list[str]:
     """Return weights that lie beside the listed files and are in no list."""
-    names = {file.name for file in files}
-    folders = {posixpath.dirname(name) for name in names}
-    found = {
-        path.relative_to(folder).as_posix()
-        for inner in folders
-        for pattern in WEIGHTS
-        for path in (folder / inner).glob(pattern)
-    }
-    return sorted(found - names)
+    around = {(folder / name).parent for name, result in results.items() if result.state != "refused"}
+    weights = [path for inner in around for path in inner.glob("*") if path.suffix in WEIGHTS]
+    return sorted({path.relative_to(folder).as_posix() for path in weights} - results.keys())

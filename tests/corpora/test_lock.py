@@ -110,6 +110,7 @@ def test_fault_of_an_entry_is_one_line_that_names_it(
             "https://me:secret@example.org/x",
             "it carries a user name or password for example.org; put them into ~/.netrc",
         ),
+        ("ftp://me:secret@example.org/x", "it carries a user name or password for example.org"),
         ("https://example.org/x?token=secret", "is no plain base URL"),
         ("https://example.org/x y", "is no plain base URL"),
         ("https://[::1/x", "Invalid IPv6 URL"),
