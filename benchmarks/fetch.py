@@ -26,6 +26,10 @@ SIZES = (64 << 20, 2 << 30)  # bytes; memory must be the same for both
 ROUNDS = 5
 KILLS = 200
 SMALL = 6_000_000  # bytes of the file that is killed and cut
+PEERS = {
+    "curl, then sha256sum": 'curl -sS -o "$1" "$0" && sha256sum "$1"',
+    "curl | tee | sha256sum": 'curl -sS "$0" | tee "$1" | sha256sum',
+}
 FETCH = """\
 import json, resource, sys, time
 from pathlib import Path
@@ -76,24 +80,17 @@ def _speed(root: Path) -> list[tuple[str, str]]:
         peaks = []
         for size in SIZES:
             sha256 = _make(root / "file", size)
-            took: dict[str, list[float]] = {
-                "ours": [],
-                "curl, then sha256sum": [],
-                "curl | tee | sha256sum": [],
-            }
-            for _ in range(ROUNDS if size == SIZES[-1] else 1):
-                told = _fetch(f"{base}/file", size, sha256, root / "out")
-                took["ours"].append(told["seconds"])
-                for name, command in (
-                    ("curl, then sha256sum", 'curl -sS -o "$1" "$0" && sha256sum "$1"'),
-                    ("curl | tee | sha256sum", 'curl -sS "$0" | tee "$1" | sha256sum'),
-                ):
+            took: dict[str, list[float]] = {name: [] for name in ("ours", *PEERS)}
+            for turn in range(ROUNDS if size == SIZES[-1] else 1):
+                for name in list(took)[turn % 3 :] + list(took)[: turn % 3]:  # everyone is first at times
+                    (root / "out").unlink(missing_ok=True)
+                    if name == "ours":
+                        told = _fetch(f"{base}/file", size, sha256, root / "out")
+                        took[name].append(told["seconds"])
+                        continue
                     start = time.perf_counter()
-                    subprocess.run(
-                        ["sh", "-c", command, f"{base}/file", str(root / "out")],
-                        check=True,
-                        stdout=subprocess.DEVNULL,
-                    )
+                    command = ["sh", "-c", PEERS[name], f"{base}/file", str(root / "out")]
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                     took[name].append(time.perf_counter() - start)
             peaks.append(told["peak"])
         server.shutdown()

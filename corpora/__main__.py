@@ -20,7 +20,7 @@ from corpora.patience import Patience
 from corpora.prepare import block_files, prepare
 from corpora.progress import Progress, emit, log_above_bars, say
 from corpora.receipts import Receipt, raw_path, read_receipt
-from corpora.settings import DEPLOYMENTS, Corpus, DataSettings
+from corpora.settings import DEPLOYMENTS, Corpus, DataSettings, read_toml, recipe_path
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
         type=float,
         default=Patience().total / 60,
         metavar="MINUTES",
-        help="go on for so long without any progress (default: %(default)g)",
+        help="go on for so long without any progress, once something has come (default: %(default)g)",
     )
 
     step = steps.add_parser("prepare", help="clean, tokenize and pack fetched shards into blocks")
@@ -132,7 +132,7 @@ def _list(name: str | None) -> int:
             state = (
                 "here"
                 if known == (entry.sha256, stat.st_size, stat.st_mtime_ns)
-                else "changed: fetch it again"
+                else "here, not checked since it was changed"
             )
         elif part.is_file():
             state = f"{part.stat().st_size:,} bytes of it here"
@@ -146,7 +146,9 @@ def _list(name: str | None) -> int:
 def _lock(corpus: str, out: Path | None) -> int:
     toml, beside = sources.find(corpus)
     final = out or beside
-    lock = sources.make_lock(toml, final, data_root(), print)
+    if final.exists() and (final.is_symlink() or not final.is_file()):
+        raise InputError(f"{final}: is not a plain file; choose another place for the lock")
+    lock = sources.make_lock(toml, [beside, final], data_root(), print)
     written = lock.model_dump(exclude_defaults=True)
     if lock.url == final.resolve().parent.as_uri():
         written["url"] = "."
@@ -165,6 +167,8 @@ def _estimate(recipe: str) -> int:
     about = "" if all(shard.prepared for shard in shards) else "about "
     exact = "" if all(shard.known for shard in shards) else "about "
     speed, told = estimate.measure_speed(settings, data)
+    if not speed:
+        raise InputError(f"{recipe}: no document in {told}; does [corpus] text_field fit it?")
     hours = found.text_to_prepare / speed / 3600
     free = estimate.free_bytes(data)
     print(
@@ -178,6 +182,8 @@ def _estimate(recipe: str) -> int:
         f"({speed / 1e6:.1f} MB of text per CPU second, measured on {told})"
     )
     sys.stdout.flush()
+    if "model" not in read_toml(recipe_path(recipe)):
+        return 0
     # The model's half, by the room that knows models and torch.
     return subprocess.run([sys.executable, "-m", "models", "estimate", recipe], check=False).returncode
 
@@ -193,7 +199,7 @@ def _duration(hours: float) -> str:
 
 
 def _fetch(recipe: str, shard: list[str] | None, parallel: int, patience: float) -> int:
-    if parallel < 1 or patience <= 0:
+    if parallel < 1 or not patience > 0:
         raise InputError("--parallel and --patience are numbers above 0")
     settings, data = DataSettings.read(recipe), data_root()
     corpus, lock = settings.corpus, load_lock(settings.corpus, data)
@@ -287,13 +293,13 @@ def _account(ledger: dict[str, Any]) -> str:
 
 
 def _verify(folder: Path) -> int:
-    fetched, prepared = verify.fetched(folder), verify.prepared(folder)
+    fetched, prepared = verify.fetched(folder), sorted(folder.rglob("manifest.json"))
     if not fetched and not prepared:
         raise InputError(f"{folder}: neither a fetched nor a prepared shard under it")
     faults = 0
     for fault in itertools.chain(
         *map(verify.raw_faults, fetched),
-        *(verify.faults(path, manifest) for path, manifest in prepared),
+        *map(verify.faults, prepared),
     ):
         faults += 1
         print(f"error: {fault}", file=sys.stderr)

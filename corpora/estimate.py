@@ -11,14 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from corpora import tokenizer
 from corpora.clean import clean
-from corpora.errors import InputError
+from corpora.errors import InputError, PilelineError
 from corpora.formats import read_shard
-from corpora.lock import Entry, load_lock
+from corpora.local import local_path
+from corpora.lock import Entry, Lock, load_lock
 from corpora.part import part_of
-from corpora.prepare import find_manifest
+from corpora.prepare import find_manifest, made_with
 from corpora.read import BadRecord, parse_record
 from corpora.receipts import raw_path
 from corpora.settings import DataSettings
@@ -27,6 +29,10 @@ from corpora.settings import DataSettings
 TEXT_PER_BYTE = {".zst": 2.94, ".gz": 2.9, ".parquet": 2.0, ".jsonl": 0.95, ".json": 0.95}
 DOCUMENT_BYTES = 5_560  # of text; the Pile: 984 GB in 177 million documents
 BYTES_PER_TOKEN = 3.5  # r50k_base on the Pile's held-out split
+# Fewer than 65,536 ids, so two bytes each.
+_NARROW = ("r50k_base", "p50k_base", "gpt2")
+GUESS = 1 << 30  # bytes of a file of which nobody tells anything
+SURE = 0.8  # of the blocks' reckoned size; a run is not refused for the rest
 SAMPLE = 4 << 20  # bytes of text that the speed is measured on
 
 
@@ -37,6 +43,7 @@ class ShardEstimate:
     name: str
     raw: int  # bytes of the file
     known: bool  # its size is exact
+    guessed: bool  # nobody tells even roughly
     missing: int  # bytes still to come
     text: int  # bytes of UTF-8
     documents: int
@@ -68,12 +75,13 @@ class Estimate:
 
 
 def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None = None) -> Estimate:
-    """Reckon the recipe's shards, or these of them.  No request is sent."""
+    """Reckon the recipe's shards, or these of them.  No shard's server is asked."""
     lock = load_lock(settings.corpus, data)
     entries = [lock.entry(name) for name in shards or settings.corpus.shards]
     sizes = [entry.size or entry.about for entry in lock.files]
-    usual = sum(size for size in sizes if size) // max(1, sum(1 for size in sizes if size)) or 1 << 30
-    ledgers = {entry.name: _ledger(settings, entry.name, data) for entry in entries}
+    usual = sum(size for size in sizes if size) // max(1, sum(1 for size in sizes if size)) or GUESS
+    made = _made_with(settings, data)
+    ledgers = {entry.name: _ledger(settings, entry.name, data, made) for entry in entries}
     done = [(_raw(entry, usual), *figures) for entry in entries if (figures := ledgers[entry.name])]
     known: tuple[int, ...] = tuple(map(sum, zip(*done, strict=True))) if done else ()
     wide = 2 if settings.tokenizer.kind == "sentencepiece" or settings.tokenizer.name in _NARROW else 4
@@ -88,6 +96,8 @@ def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None 
             text = int(raw * TEXT_PER_BYTE.get(Path(entry.path).suffix, 1.0))
             documents, tokens = text // DOCUMENT_BYTES + 1, int(text / BYTES_PER_TOKEN)
         file = raw_path(settings.corpus.name, entry.name, entry.path, data)
+        if entry.texts:
+            documents = len(entry.texts)
         there = next((path.stat().st_size for path in (file, part_of(file)) if path.is_file()), 0)
         rows = tokens // settings.blocks.length + 1
         found.append(
@@ -95,7 +105,8 @@ def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None 
                 name=entry.name,
                 raw=raw,
                 known=entry.size is not None,
-                missing=max(0, raw - there),
+                guessed=not (entry.size or entry.about),
+                missing=0 if _is_linked(lock, entry, data) else max(0, raw - there),
                 text=text,
                 documents=documents,
                 tokens=tokens,
@@ -106,17 +117,38 @@ def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None 
     return Estimate(tuple(found))
 
 
-_NARROW = ("r50k_base", "p50k_base", "gpt2")  # fewer than 65,536 ids: two bytes each
+def _is_linked(lock: Lock, entry: Entry, data: Path) -> bool:
+    """Tell whether a shard is a file of the same disk, which gets a second name and needs no room."""
+    if not lock.url.startswith("file:") or entry.texts:
+        return False
+    try:
+        return local_path(lock.url_of(entry)).stat().st_dev == _nearest(data).stat().st_dev
+    except OSError:
+        return False
 
 
 def _raw(entry: Entry, usual: int) -> int:
     return entry.size or entry.about or usual
 
 
-def _ledger(settings: DataSettings, shard: str, data: Path) -> tuple[int, int, int] | None:
-    """Return text bytes, documents and tokens of a prepared shard."""
+def _made_with(settings: DataSettings, data: Path) -> dict[str, Any] | None:
+    """Return what prepared blocks are known by; None, and no tokenizer loaded, where there are none."""
+    if not (data / settings.corpus.name / "blocks").is_dir():
+        return None
     try:
-        _, manifest = find_manifest(settings, shard, data)
+        return made_with(settings, tokenizer.load(settings.tokenizer))
+    except PilelineError:
+        return None
+
+
+def _ledger(
+    settings: DataSettings, shard: str, data: Path, made: dict[str, Any] | None
+) -> tuple[int, int, int] | None:
+    """Return text bytes, documents and tokens of a prepared shard."""
+    if made is None:
+        return None
+    try:
+        _, manifest = find_manifest(settings, shard, data, made)
     except InputError:
         return None
     ledger = manifest["ledger"]
@@ -132,26 +164,31 @@ def check_space(found: Estimate, data: Path, *, prepare: bool) -> str | None:
     free = free_bytes(data)
     room = "free some, or set PILELINE_DATA to a larger disk"
     about = "" if all(shard.known for shard in found.shards) else "about "
-    if found.download > free:
+    told = sum(shard.missing for shard in found.shards if not shard.guessed)
+    if told > free:
         raise InputError(
-            f"{data}: no space: {about}{found.download:,} bytes are to be downloaded, {free:,} are free; {room}"
+            f"{data}: no space: {about}{told:,} bytes are to be downloaded, {free:,} are free; {room}"
         )
     if found.download + found.blocks <= free:
         return None
-    told = (
+    warning = (
         f"{data}: no space: {about}{found.download:,} bytes to download and about {found.blocks:,} for blocks, "
         f"{free:,} are free; {room}"
     )
-    if prepare:
-        raise InputError(told)
-    return told
+    if prepare and told + SURE * found.blocks > free:
+        raise InputError(warning)
+    return warning
 
 
 def free_bytes(path: Path) -> int:
     """Return the free bytes on the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
+def _nearest(path: Path) -> Path:
     while not path.exists():
         path = path.absolute().parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def measure_speed(settings: DataSettings, data: Path) -> tuple[float, str]:

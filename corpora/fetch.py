@@ -10,7 +10,7 @@ from corpora.download import Downloaded, Wanted, download, looks_like_html
 from corpora.errors import InputError
 from corpora.files import sha256_file, write_aside, write_json
 from corpora.local import local_path
-from corpora.lock import Entry, Lock, load_lock
+from corpora.lock import FIRST_USE, Entry, Lock, load_lock
 from corpora.part import cannot_write
 from corpora.patience import Patience
 from corpora.read import MAGIC
@@ -38,6 +38,9 @@ def fetch(
     final = raw_path(corpus.name, entry.name, entry.path, data)
     if receipt := _already(final, entry, lock, data):
         return receipt, True
+    old = read_receipt(final)
+    if old is not None and old.url != lock.place(entry):
+        log.warning("%s: is that of %s, and is replaced by that of %s", final, old.url, lock.place(entry))
     tick = progress or (lambda _: None)
     try:
         if entry.texts:
@@ -46,11 +49,16 @@ def fetch(
             wanted = Wanted(
                 f"shard {shard}", lock.url_of(entry), entry.size, entry.sha256, source=entry.source
             )
-            there = lambda: _already(final, entry, lock, data) is not None  # noqa: E731
+
+            def there() -> bool:
+                return _already(final, entry, lock, data) is not None
+
             got = download(wanted, final, tick, patience, there, link=True)
     except InputError as error:
-        if "/demo/source" in lock.url:
+        if corpus.name == "demo" and corpus.lock is None:
             raise InputError(f"{error}; or run: python -m corpora build-demo") from None
+        if entry.source == FIRST_USE:
+            raise InputError(f"{error}; to take the new file, delete {receipt_path(final)}") from None
         raise
     if got is None:
         return verified(corpus, shard, data), True
@@ -81,7 +89,9 @@ def _already(final: Path, entry: Entry, lock: Lock, data: Path) -> Receipt | Non
         if receipt is not None and (receipt.sha256, receipt.path) == (entry.sha256, place):
             if (receipt.size, receipt.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
                 return receipt
-        if S_ISREG(stat.st_mode) and entry.size not in (None, stat.st_size):
+        if not S_ISREG(stat.st_mode):
+            raise InputError(f"{final}: is not a plain file; move it away, then run again")
+        if entry.size not in (None, stat.st_size) or (entry.sha256 is None and receipt is not None):
             return None
         sha256 = sha256_file(final)
         if entry.sha256 not in (None, sha256):
@@ -116,7 +126,7 @@ def _write_receipt(
         path=final.relative_to(data).as_posix(),
         size=stat.st_size,
         sha256=sha256,
-        url=lock.url_of(entry),
+        url=lock.place(entry),
         mtime_ns=stat.st_mtime_ns,
         trust="lock" if entry.pinned else "first use",
     )

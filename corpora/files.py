@@ -26,7 +26,11 @@ def inside(root: Path, relative: str) -> Path:
         raise InputError(
             f"{relative[:200]!r} is not a plain name inside {root}; correct the lock or the list"
         )
-    if not path.parent.resolve().is_relative_to(root.resolve()) or path.is_symlink():
+    try:
+        leads_out = not path.parent.resolve().is_relative_to(root.resolve()) or path.is_symlink()
+    except (OSError, RuntimeError):  # links in a circle
+        leads_out = True
+    if leads_out:
         raise InputError(
             f"{path}: a link stands on the way to it; remove the link, or choose another folder for all of it"
         )
@@ -93,7 +97,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); delete it and run the step again") from None
 
 

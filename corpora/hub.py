@@ -53,7 +53,7 @@ def files(url: str, revision: str | None, patience: Patience | None = None) -> t
     """Return the commit that a revision stands for, and its files, sorted by path."""
     kind, name = _repository(url)
     api = f"{endpoint()}/api/{kind}/{name}"
-    commit = _json(f"{api}/revision/{quote(revision or 'main', safe='')}", patience)[0].get("sha")
+    commit = _json(f"{api}/revision/{quote(revision or 'main', safe='')}", dict, patience)[0].get("sha")
     if not isinstance(commit, str) or not re.fullmatch(COMMIT, commit):
         raise InputError(f"{api}: the answer names no commit; is HF_ENDPOINT a Hugging Face endpoint?")
     if re.fullmatch(COMMIT, revision or "") and commit != revision:
@@ -61,7 +61,7 @@ def files(url: str, revision: str | None, patience: Patience | None = None) -> t
     found: list[HubFile] = []
     page: str | None = f"{api}/tree/{commit}?recursive=true"
     while page:
-        items, link = _json(page, patience)
+        items, link = _json(page, list, patience)
         try:
             found += [_file(item) for item in items if item["type"] == "file"]
         except (AttributeError, KeyError, TypeError):
@@ -87,14 +87,13 @@ def _repository(url: str) -> tuple[str, str]:
         raise InputError(str(error)) from None
 
 
-def _json(url: str, patience: Patience | None) -> tuple[Any, str]:
+def _json(url: str, kind: type, patience: Patience | None) -> tuple[Any, str]:
     body, headers = small(url, LIMIT, patience, {"Accept": "application/json"})
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{url}: {UNKNOWN_FORM}") from None
-    expected = list if "/tree/" in url else dict
-    if not isinstance(value, expected):
+    if not isinstance(value, kind):
         raise InputError(f"{url}: {UNKNOWN_FORM}")
     return value, headers.get("Link", "")
 
@@ -104,5 +103,6 @@ def _next(link: str) -> str | None:
     for found in parse_header_links(link) if link else []:
         if found.get("rel") == "next":
             parts = urlsplit(found["url"])
-            return f"{endpoint()}{parts.path}?{parts.query}"
+            path = parts.path.removeprefix(urlsplit(endpoint()).path)
+            return f"{endpoint()}{path}?{parts.query}"
     return None

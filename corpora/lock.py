@@ -8,6 +8,7 @@ hf://datasets/OWNER/NAME a repository of the Hugging Face hub, at `revision`.  A
 left out: the first download's is trusted then, kept in its receipt, and counts here from that day on.
 """
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -148,8 +149,12 @@ class Lock(Strict):
         for entry in self.files:
             if entry.name == name:
                 return entry
-        known = ", ".join(entry.name for entry in self.files)
-        raise InputError(f"corpus {self.corpus}: no shard {name!r} in its lock; it has: {known}")
+        names = [entry.name for entry in self.files]
+        near = names if len(names) <= 20 else difflib.get_close_matches(name, names, 5, 0) or names[:5]
+        more = f" and {len(names) - len(near)} more" if len(names) > len(near) else ""
+        raise InputError(
+            f"corpus {self.corpus}: no shard {name!r} in its lock; it has: {', '.join(near)}{more}"
+        )
 
     @property
     def base(self) -> str:
@@ -159,6 +164,11 @@ class Lock(Strict):
     def url_of(self, entry: Entry) -> str:
         """Return the URL of a shard's file."""
         return f"{self.base}/{quote(entry.path)}"
+
+    def place(self, entry: Entry) -> str:
+        """Return what stands for a shard's address, whichever mirror it is fetched from."""
+        at = f"@{self.revision}" if self.url.startswith("hf:") and self.revision else ""
+        return f"{self.url}{at}/{quote(entry.path)}"
 
     def fingerprint(self, shards: Iterable[str]) -> str:
         """Return a sha256 that stands for these shards' names and bytes, in this order."""
@@ -179,7 +189,9 @@ class Lock(Strict):
         if entry.sha256 is not None:
             return entry
         receipt = read_receipt(raw_path(self.corpus, entry.name, entry.path, data))
-        if receipt is None or receipt.trust != "first use" or entry.size not in (None, receipt.size):
+        if receipt is None or receipt.trust != "first use" or receipt.url != self.place(entry):
+            return entry
+        if entry.size not in (None, receipt.size):
             return entry
         known = {"sha256": receipt.sha256, "size": receipt.size, "source": FIRST_USE}
         return entry.model_copy(update=known)
@@ -193,7 +205,7 @@ def read_lock(path: Path) -> Lock:
         raise InputError(f"lock {path}: no such file") from None
     except OSError as error:
         raise InputError(f"lock {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"lock {path}: not valid JSON: {error}") from None
     if isinstance(tables, dict) and tables.get("url") == ".":
         tables["url"] = path.resolve().parent.as_uri()

@@ -96,7 +96,7 @@ def prepare(
 
     manifest_path = folder / "manifest.json"
     if manifest_path.exists():
-        manifest = read_json(manifest_path)
+        manifest = read_manifest(manifest_path)
         if manifest["made_from"] == made and _whole(folder, manifest):
             return Prepared(manifest_path, manifest, skipped=True)
         manifest_path.unlink()
@@ -130,21 +130,41 @@ def documents(settings: DataSettings, shard: str, data: Path) -> Iterator[Docume
     yield from _documents(settings, shard, path, encoder, Ledger(settings.blocks.length), None, None)
 
 
-def find_manifest(settings: DataSettings, shard: str, data: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the folder and the manifest of a prepared shard.  Raises InputError when it is not prepared."""
-    made = made_with(settings, tokenizer.load(settings.tokenizer))
+def find_manifest(
+    settings: DataSettings, shard: str, data: Path, made: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the manifest of a prepared shard.  Raises InputError when it is not prepared.
+
+    `made` is what `made_with` gave, for a caller who asks for many.
+    """
+    made = made or made_with(settings, tokenizer.load(settings.tokenizer))
     folder = shard_folder(settings, shard, data, made)
     if not (folder / "manifest.json").exists():
         raise InputError(
             f"shard {shard} of {settings.corpus.name} is not prepared with these settings "
             f"(no {folder / 'manifest.json'}); run: python -m corpora prepare RECIPE --shard {shard}"
         )
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder / "manifest.json")
     if not _whole(folder, manifest):
         raise InputError(
             f"{folder}: a block file is missing or has another size; prepare shard {shard} again"
         )
     return folder, manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a prepared shard's manifest.  Raises InputError for one that is missing, torn or none of ours."""
+    manifest = read_json(path)
+    parts = (
+        [manifest.get(key) for key in ("made_from", "ledger", "outputs")]
+        if isinstance(manifest, dict)
+        else []
+    )
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise InputError(
+            f"{path}: is not the manifest of a prepared shard; delete it and prepare the shard again"
+        )
+    return dict(manifest)
 
 
 def open_blocks(settings: DataSettings, shards: Sequence[str], data: Path) -> blocks.Blocks:

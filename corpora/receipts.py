@@ -25,7 +25,7 @@ class Receipt(Strict):
     path: str = Field(description="of the file, relative to the data root")
     size: int
     sha256: str
-    url: str
+    url: str = Field(description="where it comes from; of a hub's file the repository and commit")
     mtime_ns: int = Field(description="of the file when it was last hashed")
     trust: Literal["lock", "first use"] = Field(
         default="lock", description="where the sha256 comes from: the lock, or this very download"

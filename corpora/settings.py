@@ -190,11 +190,19 @@ def recipe_path(recipe: str | Path) -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; a syntax error names the file and the line."""
+    """Read a TOML file; a syntax error names the file and the line.
+
+    A lock and a tokenizer's model are given relative to the file, and come out absolute.
+    """
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        tables = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
+    for table, key in (("corpus", "lock"), ("tokenizer", "model")):
+        keys = tables.get(table)
+        if isinstance(keys, dict) and isinstance(keys.get(key), str):
+            keys[key] = str(path.resolve().parent / keys[key])
+    return tables
 
 
 def parse(cls: type[S], tables: dict[str, Any], origin: Path | str) -> S:

@@ -13,10 +13,10 @@ files = ["train/*.jsonl.zst"]                           which of the files: patt
 import fnmatch
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Self
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -28,6 +28,7 @@ from corpora.files import sha256_file
 from corpora.lock import SOURCES, Entry, Lock, check_path, check_url, read_lock
 from corpora.patience import Patience
 from corpora.read import FORMATS, suffix_of
+from corpora.receipts import RECEIPT
 from corpora.settings import NAME, Strict, expand, parse, read_toml
 from corpora.texts import deal, measure_tar
 from corpora.web import head, small
@@ -69,6 +70,10 @@ class Source(Strict):
 def find(corpus: str) -> tuple[Path, Path]:
     """Return the TOML of a corpus (a built-in one's name, or a path) and its lock file's place beside it."""
     path = Path(corpus)
+    if corpus == "demo":
+        raise InputError("the demo corpus is built, and locked by that; run: python -m corpora build-demo")
+    if path.suffix == ".toml" and not path.is_file():
+        raise InputError(f"corpus {corpus}: no such file")
     if path.suffix != ".toml":
         path = SOURCES / f"{corpus}.toml"
     if not path.is_file():
@@ -77,21 +82,29 @@ def find(corpus: str) -> tuple[Path, Path]:
     return path, path.with_name(f"{path.stem}.lock.json")
 
 
-def make_lock(toml: Path, old: Path, data: Path, tell: Tell, patience: Patience | None = None) -> Lock:
+def make_lock(
+    toml: Path, old: Iterable[Path], data: Path, tell: Tell, patience: Patience | None = None
+) -> Lock:
     """Ask for sizes and hashes, and return the lock; `tell` is called with a line on each step.
 
-    What the `old` lock knows of the same revision is a pin: figures that contradict it stop with an InputError.
+    What the `old` locks know of the same revision are pins: figures that contradict it stop with an InputError.
     What nobody knows stays unknown, unless a first download under `data` was trusted.
     """
-    source = parse(Source, read_toml(toml), toml)
+    tables = read_toml(toml)
+    if "corpus" in tables:
+        raise InputError(
+            f"{toml}: is a recipe; a lock is made of a corpus' TOML (name, and hf, urls or folder)"
+        )
+    source = parse(Source, tables, toml)
     if source.hf:
         lock = _hub(source, tell, patience)
     elif source.urls:
         lock = _server(source, tell, patience)
     else:
-        lock = _folder(source, (toml.parent / (source.folder or "")).resolve(), tell)
-    if old.is_file():
-        lock = _pinned(lock, read_lock(old), old, tell)
+        lock = _folder(source, (toml.parent / (source.folder or "")).resolve(), data, tell)
+    for path in dict.fromkeys(old):
+        if path.is_file():
+            lock = _pinned(lock, read_lock(path), path, tell)
     return lock.trusting(data)
 
 
@@ -102,7 +115,7 @@ def _hub(source: Source, tell: Tell, patience: Patience | None) -> Lock:
     base = hub.resolve(url, commit)
     entries = []
     known = {file.path: file for file in found}
-    for path in _chosen(source, known):
+    for path in _chosen(source, known, tell):
         file = known[path]
         sha256, told = file.sha256, f"Hugging Face API, LFS oid at {commit[:12]}"
         size = file.size
@@ -118,10 +131,13 @@ def _server(source: Source, tell: Tell, patience: Patience | None) -> Lock:
     base, paths = _base(source.urls)
     listed: dict[str, str] = {}
     if source.checksums:
-        text = get(source.checksums, SMALL, patience)
-        sums = parse_checksums(text, source.checksums)
-        listed = {_within(name, paths): sum.sha256 for name, sum in sums.items() if sum.sha256}
-        tell(f"{source.checksums}: {len(listed)} sha256")
+        sums = parse_checksums(get(source.checksums, SMALL, patience), source.checksums)
+        # The names in a list are relative to the list.
+        by_url = {urljoin(source.checksums, quote(name)): sum.sha256 for name, sum in sums.items()}
+        listed = {path: sha256 for path in paths if (sha256 := by_url.get(f"{base}/{quote(path)}"))}
+        if not listed:
+            raise InputError(f"{source.checksums}: lists the sha256 of none of the {len(paths)} files")
+        tell(f"{source.checksums}: sha256 of {len(listed)} of {len(paths)} files")
     entries = []
     for path in paths:
         size, linked = head(f"{base}/{quote(path)}", patience)
@@ -132,22 +148,20 @@ def _server(source: Source, tell: Tell, patience: Patience | None) -> Lock:
     return _lock(source, base, entries, None)
 
 
-def _folder(source: Source, folder: Path, tell: Tell) -> Lock:
+def _folder(source: Source, folder: Path, data: Path, tell: Tell) -> Lock:
     if not folder.is_dir():
         raise InputError(f"folder {folder}: no such folder")
-    found = sorted(
-        (Path(parent) / name).relative_to(folder).as_posix()
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if not name.startswith(".") and not name.endswith((".toml", ".lock.json"))
-    )
-    chosen = _chosen(source, found)
+    found = list(_walk(folder, data))
+    chosen = _chosen(source, found, tell)
     texts = [path for path in chosen if path.endswith(".txt")]
     entries = []
     for path in chosen:
         if path not in texts:
             file = folder / path
-            entries.append(_entry(path, file.stat().st_size, sha256_file(file), "hashed in the folder"))
+            if not (size := file.stat().st_size):
+                tell(f"{path}: is empty, and was left out")
+                continue
+            entries.append(_entry(path, size, sha256_file(file), "hashed in the folder"))
             tell(f"{path}: sha256 {entries[-1].sha256}")
     for name, paths in deal(texts, source.text_shards).items():
         size, sha256, members = measure_tar(folder, paths)
@@ -165,16 +179,48 @@ def _folder(source: Source, folder: Path, tell: Tell) -> Lock:
     return _lock(source, folder.as_uri(), entries, None)
 
 
-def _chosen(source: Source, paths: Iterable[str]) -> list[str]:
+def _walk(folder: Path, data: Path) -> Iterator[str]:
+    """Yield the files under a folder, hidden ones and our own aside; refuse what cannot be data, by name."""
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        here = Path(parent)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and (here / name).resolve() != data.resolve()
+        )
+        for name in folders:
+            if (here / name).is_symlink():
+                raise InputError(
+                    f"{here / name}: is a link to a folder; name that one in a corpus of its own"
+                )
+        for name in sorted(names):
+            path = here / name
+            if name.startswith(".") or name.endswith((".toml", ".lock.json", RECEIPT, ".part", ".part.json")):
+                continue
+            if not path.is_file():
+                raise InputError(f"{path}: is not a plain file; move it away")
+            relative = path.relative_to(folder).as_posix()
+            if not relative.isprintable():
+                raise InputError(f"{str(path)!a}: has a name that is not UTF-8 or not printable; rename it")
+            yield relative
+
+
+def _chosen(source: Source, paths: Iterable[str], tell: Tell) -> list[str]:
     """Return the paths that the source's patterns choose; each pattern must choose one."""
     paths = list(paths)
-    if not source.files:
+    patterns = [one for pattern in source.files for one in expand(pattern)]
+    if not patterns:
         chosen = [path for path in paths if suffix_of(path)]
+        if others := [path for path in paths if not suffix_of(path)]:
+            kinds = sorted({PurePosixPath(path).suffix or PurePosixPath(path).name for path in others})
+            tell(f"{len(others)} files of other formats were left out ({', '.join(kinds[:8])})")
     else:
-        for pattern in source.files:
+        for pattern in patterns:
             if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
                 raise InputError(f"corpus {source.name}: files: nothing is named as {pattern!r}")
-        chosen = [path for path in paths if any(fnmatch.fnmatchcase(path, p) for p in source.files)]
+        chosen = [path for path in paths if any(fnmatch.fnmatchcase(path, p) for p in patterns)]
     if odd := [path for path in chosen if not suffix_of(path)]:
         raise InputError(
             f"corpus {source.name}: {odd[0]} is of no format that can be read (known: {', '.join(FORMATS)})"
@@ -188,37 +234,39 @@ def _chosen(source: Source, paths: Iterable[str]) -> list[str]:
 
 def _base(urls: tuple[str, ...]) -> tuple[str, list[str]]:
     """Return the longest base that all addresses share, and the paths from there."""
-    split = [urlsplit(url) for url in urls]
+    try:
+        split = [urlsplit(check_url(url)) for url in urls]
+    except ValueError as error:
+        raise InputError(f"urls: {error}") from None
+    if split[0].scheme not in ("http", "https"):
+        raise InputError(
+            f"urls: {urls[0]}: is no http or https address; for files of this machine use folder ="
+        )
     if len({(parts.scheme, parts.netloc) for parts in split}) > 1:
         raise InputError("urls: a corpus comes from one server; make one corpus for each")
     common = os.path.commonpath([parts.path.rpartition("/")[0] or "/" for parts in split])
-    try:
-        base = check_url(f"{split[0].scheme}://{split[0].netloc}{common}")
-        paths = [check_path(unquote(parts.path.removeprefix(common).lstrip("/"))) for parts in split]
-        for parts in split:
-            if parts.query or parts.fragment:
-                raise ValueError(
-                    f"{parts.path}: no ? and no # (a signed address runs out; take the stable one)"
-                )
-    except ValueError as error:
-        raise InputError(f"urls: {error}") from None
+    base = f"{split[0].scheme}://{split[0].netloc}{common}".rstrip("/")
+    paths = [unquote(parts.path.removeprefix(common).lstrip("/")) for parts in split]
+    for path, url in zip(paths, urls, strict=True):
+        try:
+            check_path(path)
+        except ValueError as error:
+            raise InputError(f"urls: {url}: {error}") from None
     return base, paths
 
 
-def _within(name: str, paths: list[str]) -> str:
-    """Return the path that a list's name means: the same, or the only one that ends in it."""
-    ends = [path for path in paths if path == name or path.endswith(f"/{name}")]
-    return ends[0] if len(ends) == 1 else name
-
-
 def _name(path: str) -> str:
-    """Return a shard's name: its path without the suffix, odd characters replaced."""
+    """Return a shard's name: its path without the suffix; odd characters become -, and a hash keeps names apart."""
     stem = path.removesuffix(suffix_of(path) or "")
+    odd = any(not (c.isascii() and (c.isalnum() or c in "._-/")) for c in stem)
     parts = [
         "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in part)
         for part in stem.split("/")
     ]
-    return "/".join(part if part[:1].isalnum() else f"x{part}" for part in parts)
+    name = "/".join(part if part[:1].isalnum() else f"x{part}" for part in parts)
+    return (
+        f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:6]}" if odd else name
+    )  # two may look the same now
 
 
 def _entry(path: str, size: int | None, sha256: str | None, told: str) -> Entry:
@@ -226,7 +274,10 @@ def _entry(path: str, size: int | None, sha256: str | None, told: str) -> Entry:
         return Entry(name=_name(path), path=path, size=size or None, sha256=sha256, source=told)
     except ValidationError as error:
         why = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise InputError(f"{path}: cannot be a shard: {why}; leave it out with files = [...]") from None
+        raise InputError(
+            f"{path}: cannot be a shard: {why}, at most 6 deep and 120 characters each; rename it, or choose the "
+            "others with files = [...]"
+        ) from None
 
 
 def _lock(source: Source, url: str, entries: list[Entry], revision: str | None) -> Lock:
@@ -255,12 +306,20 @@ def _pinned(lock: Lock, old: Lock, path: Path, tell: Tell) -> Lock:
             continue
         for what, pinned, now in (("sha256", pin.sha256, entry.sha256), ("size", pin.size, entry.size)):
             if pinned is not None and now is not None and pinned != now:
+                changed = sorted(name for name, _ in pin.texts.items() ^ entry.texts.items())
+                texts = f"; texts that differ: {', '.join(dict.fromkeys(changed[:6]))}" if changed else ""
+                cure = "find out which is right before you delete the pin"
+                if lock.url.startswith("file:"):
+                    cure = f"to take the folder as it is now, delete {path} and lock again"
                 raise InputError(
                     f"{path}: {entry.path}: {what} is pinned to {pinned} (from: {pin.source}), but {lock.url} now "
-                    f"says {now} ({entry.source}); nothing was written; find out which is right before you delete "
-                    "the pin"
+                    f"says {now} ({entry.source}){texts}; nothing was written; {cure}"
                 )
-        if entry.sha256 is None and pin.sha256 is not None:
-            entry = pin.model_copy(update={"size": pin.size or entry.size})
-        entries.append(entry)
+        kept = {
+            "size": entry.size or pin.size,
+            "about": entry.about or pin.about,
+            "sha256": entry.sha256 or pin.sha256,
+            "source": entry.source if entry.sha256 or not pin.sha256 else pin.source,
+        }
+        entries.append(entry.model_copy(update=kept))
     return lock.model_copy(update={"files": tuple(entries)})

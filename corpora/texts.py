@@ -32,10 +32,15 @@ class _Hashing:
 
     def __init__(self, file: IO[bytes] | None, tick: Callable[[int], None]) -> None:
         self.file, self.tick, self.sha256, self.size = file, tick, hashlib.sha256(), 0
+        self.failed = False
 
     def write(self, data: bytes) -> int:
         if self.file is not None:
-            self.file.write(data)
+            try:
+                self.file.write(data)
+            except OSError:
+                self.failed = True
+                raise
         self.sha256.update(data)
         self.size += len(data)
         self.tick(len(data))
@@ -79,6 +84,8 @@ def _tar(root: Path, texts: Mapping[str, Any], out: _Hashing) -> dict[str, str]:
                     member.size, member.mode = size, 0o644
                     tar.addfile(member, file)
             except OSError as error:
+                if out.failed:  # the tar cannot be written, the text can be read
+                    raise
                 raise InputError(
                     f"{path}: cannot be read: {error.strerror or error}; put it back, or lock the folder again"
                 ) from None

@@ -8,36 +8,34 @@ import numpy as np
 
 from corpora.blocks import Blocks
 from corpora.errors import InputError
-from corpora.files import read_json, sha256_file
+from corpora.files import sha256_file
 from corpora.ledger import broken_laws
-from corpora.prepare import block_files
+from corpora.prepare import block_files, read_manifest
 from corpora.read import suffix_of
 from corpora.receipts import RECEIPT, read_receipt
 
 
 def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the path and content of every manifest under a folder, sorted.  Raises InputError for none."""
-    found = prepared(folder)
+    found = sorted(folder.rglob("manifest.json"))
     if not found:
         raise InputError(f"{folder}: no manifest.json under it, so no shard is prepared there")
-    return found
-
-
-def prepared(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the path and content of every manifest under a folder, sorted; there may be none."""
-    return [(path, read_json(path)) for path in sorted(folder.rglob("manifest.json"))]
+    return [(path, read_manifest(path)) for path in found]
 
 
 def fetched(folder: Path) -> list[Path]:
-    """Return every fetched shard under a folder, sorted: what has a receipt, and what should have one."""
-    receipts = {path.with_name(path.name.removesuffix(RECEIPT)) for path in folder.rglob(f"*{RECEIPT}")}
-    without = {
-        path
-        for path in folder.rglob("*")
-        if "raw" in path.parent.parts and suffix_of(path.name) and not path.name.startswith(".")
-        if not path.name.endswith((RECEIPT, ".part.json"))
-    }
-    return sorted(receipts | without)
+    """Return every fetched shard under a folder, sorted: what has a receipt, and what lies beside such."""
+    folder = folder.resolve()
+    receipts = sorted(folder.rglob(f"*{RECEIPT}"))
+    shards = {path.with_name(path.name.removesuffix(RECEIPT)) for path in receipts}
+    for raw in {next((p for p in path.parents if p.name == "raw"), path.parent) for path in receipts}:
+        shards |= {
+            path
+            for path in raw.rglob("*")
+            if suffix_of(path.name) and not path.name.startswith(".") and path.is_relative_to(folder)
+            if not path.name.endswith((RECEIPT, ".part.json"))
+        }
+    return sorted(shards)
 
 
 def raw_faults(file: Path) -> Iterator[str]:
@@ -54,8 +52,13 @@ def raw_faults(file: Path) -> Iterator[str]:
         yield f"{file}: sha256 is {got}, its receipt says {receipt.sha256}; fetch it again"
 
 
-def faults(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Yield every fault of a prepared shard, given its manifest; each in one line."""
+def faults(path: Path) -> Iterator[str]:
+    """Yield every fault of a prepared shard, given its manifest's path; each in one line."""
+    try:
+        manifest = read_manifest(path)
+    except InputError as error:
+        yield str(error)
+        return
     damaged = False
     for name, output in manifest["outputs"].items():
         file = path.parent / name

@@ -5,6 +5,7 @@ from, `Again` (another attempt may help), or an InputError (it will not).
 """
 
 import email.utils
+import logging
 import re
 import socket
 import threading
@@ -21,6 +22,8 @@ import urllib3
 from corpora.addresses import UNUSABLE, check_address, check_redirect, is_hub, login, shown
 from corpora.errors import InputError
 from corpora.patience import Again, Effort, NotThere, Patience
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 18
 MAX_REDIRECTS = 5
@@ -229,6 +232,8 @@ def _check(url: str, answer: Answer) -> None:
 
 def _refusal(url: str, status: int) -> InputError:
     answered = f"{shown(url)}: the server answered {status}"
+    if is_hub(url) and status in (401, 404):
+        answered += " (no such repository, or not for everyone)"
     if status in (404, 410):
         return NotThere(f"{answered}: no such file; correct the URL, or the path in the lock")
     cure = "set HF_TOKEN to a token of yours that may read it" if is_hub(url) else "put a login into ~/.netrc"
@@ -285,7 +290,7 @@ def small(
                     raise Again(f"it ended after {len(body):,} of {answer.length:,} bytes")
                 return bytes(body), answer.headers
         except Again as fault:
-            effort.pause(effort.failed(fault))
+            _wait(url, effort, fault)
 
 
 def head(url: str, patience: Patience | None = None) -> tuple[int | None, str | None]:
@@ -296,14 +301,22 @@ def head(url: str, patience: Patience | None = None) -> tuple[int | None, str | 
         try:
             # A GET whose body is not read: many a signed address and small server refuses HEAD.
             with ask(url, patience) as answer:
+                if "text/html" in answer.headers.get("Content-Type", "").lower():
+                    raise InputError(f"{shown(url)}: an HTML page came, not a file; correct the URL")
                 return answer.linked_size or answer.length, answer.linked_sha256
         except Again as fault:
-            effort.pause(effort.failed(fault))
+            _wait(url, effort, fault)
+
+
+def _wait(url: str, effort: Effort, fault: Again) -> None:
+    wait = effort.failed(fault)
+    log.warning("%s: %s; trying again in %.0f s", shown(url), fault, wait)
+    effort.pause(wait)
 
 
 def _reason(error: BaseException) -> str:
     """Return the innermost cause: the outer texts carry addresses, signed ones of a redirect among them."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__

@@ -53,11 +53,19 @@ def test_what_is_prepared_is_counted_and_tells_the_ratios(tiny: Tiny) -> None:
 def test_part_of_a_download_is_not_counted_again(tiny: Tiny) -> None:
     settings, data = tiny(LINE)
     raw = data / "tiny" / "raw" / "a.jsonl.zst"
+    away = settings.corpus.model_copy(update={"url": "https://example.org"})
+    settings = settings.model_copy(update={"corpus": away})
     whole = raw.stat().st_size
     raw.rename(raw.with_name("a.jsonl.zst.part"))
     raw.with_name("a.jsonl.zst.part").write_bytes(b"x" * 10)
     assert estimate(settings, data).download == whole - 10
     assert estimate(settings, data, ("v",)).download == 0
+
+
+def test_file_of_the_same_disk_needs_no_room(tiny: Tiny) -> None:
+    settings, data = tiny(LINE)
+    (data / "tiny" / "raw" / "a.jsonl.zst").unlink()
+    assert estimate(settings, data).download == 0
 
 
 def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,9 @@ class Misbehaving(BaseHTTPRequestHandler):
     def chunked(self) -> None:
         self.answer(b"%x\r\n%b\r\n0\r\n\r\n" % (len(BYTES), BYTES), length=None, Transfer_Encoding="chunked")
 
-    def zst(self) -> None:
-        self.answer(b"\x28\xb5\x2f\xfd" + BYTES[4:])
+    def changing(self) -> None:
+        other = 1 < self.seen["changing"] < 4
+        self.answer((b"other" if other else b"\x28\xb5\x2f\xfd") + BYTES[5 if other else 4 :])
 
     def empty(self) -> None:
         self.answer(b"")
@@ -230,7 +231,7 @@ def test_first_download_is_trusted_where_nobody_knew_the_hash(
     place: Place, server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_lock(place.lock, size=None, sha256=None)
-    corpus, zst = place.corpus(f"{server}/zst"), b"\x28\xb5\x2f\xfd" + BYTES[4:]
+    corpus, zst = place.corpus(f"{server}/changing"), b"\x28\xb5\x2f\xfd" + BYTES[4:]
     sha256 = hashlib.sha256(zst).hexdigest()
     receipt, _ = fetch(corpus, "train/00", place.data)
     assert (receipt.sha256, receipt.trust, receipt.size) == (sha256, "first use", len(zst))
@@ -241,7 +242,7 @@ def test_first_download_is_trusted_where_nobody_knew_the_hash(
     with pytest.raises(
         InputError, match=f"expected sha256 {sha256} .the first download, trusted on first use., got"
     ):
-        fetch(place.corpus(f"{server}/good"), "train/00", place.data)
+        fetch(corpus, "train/00", place.data)
     assert fetch(corpus, "train/00", place.data)[0].trust == "first use"
     receipt_path(place.final).unlink()  # killed between the file and its receipt
     assert fetch(corpus, "train/00", place.data, pytest.fail)[1]
@@ -469,7 +470,7 @@ def test_file_in_the_way_of_a_folder(place: Place, server: str, in_the_way: str)
 
 def test_folder_in_the_way_of_a_file(place: Place, server: str) -> None:
     place.final.mkdir(parents=True)
-    with pytest.raises(InputError, match=f"^{place.final}: cannot be read: Is a directory; move it away"):
+    with pytest.raises(InputError, match=f"^{place.final}: is not a plain file; move it away"):
         fetch(place.corpus(f"{server}/good"), "train/00", place.data)
 
 

@@ -191,7 +191,7 @@ def test_sha256_is_trusted_on_first_use(tmp_path: Path) -> None:
         path="mine/raw/train/00.jsonl.zst",
         size=7,
         sha256=A,
-        url="https://example.org/x",
+        url="https://example.org/base/train/00.jsonl.zst",
         mtime_ns=1,
         trust="first use",
     )
@@ -201,6 +201,9 @@ def test_sha256_is_trusted_on_first_use(tmp_path: Path) -> None:
     assert known.entry("train/00").source == FIRST_USE and not known.entry("train/00").pinned
     assert known.entry("val").pinned
     assert known.fingerprint(["train/00"])
+
+    other = load_lock(mine(path, url="https://mirror.example"), tmp_path)
+    assert other.entry("train/00").sha256 is None  # the file of another address
 
     write_json(receipt_path(final), receipt.model_copy(update={"trust": "lock"}).model_dump())
     assert load_lock(mine(path), tmp_path).entry("train/00").sha256 is None  # of another lock, once

@@ -122,7 +122,7 @@ def test_the_laws_hold_for_any_shard(tiny: Tiny, lines: list[bytes], length: int
     assert ledger["lines"] == (len(lines) or 1) + 1
     bad = (done.manifest_path.parent / "quarantine.jsonl").read_bytes()
     assert bad.count(b"\n") == sum(ledger["quarantined"].values())
-    assert list(verify.faults(done.manifest_path, done.manifest)) == []
+    assert list(verify.faults(done.manifest_path)) == []
 
 
 def test_the_same_again_is_skipped_and_anything_else_is_not(tiny: Tiny) -> None:
@@ -190,20 +190,25 @@ def test_verify_notices_a_flipped_bit_and_a_cooked_ledger(tiny: Tiny) -> None:
     flipped = bytearray(part.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     part.write_bytes(flipped)
-    assert any("sha256 is" in fault for fault in verify.faults(done.manifest_path, done.manifest))
+    assert any("sha256 is" in fault for fault in verify.faults(done.manifest_path))
     part.unlink()
     prepare(settings, "a", data)
 
     def faults(**changes: Any) -> list[str]:
         cooked = json.loads(json.dumps(done.manifest))
         cooked["ledger"].update(changes)
-        return list(verify.faults(done.manifest_path, cooked))
+        done.manifest_path.write_text(json.dumps(cooked))
+        return list(verify.faults(done.manifest_path))
 
     assert faults() == []
     assert "9 lines read, but 3 kept + 2 dropped + 3 quarantined" in faults(lines=9)[0]
     assert len(faults(padding=8)) == 1
     assert any("rows, the ledger says 3" in fault for fault in faults(blocks=3, padding=25))
     assert any("special id 50256 occurs 6 times, 4 documents want 8" in fault for fault in faults(kept=4))
+    for torn in ("{", "[]", "{}", '{"made_from": {}, "ledger": [], "outputs": {}}'):
+        done.manifest_path.write_text(torn)
+        (fault,) = verify.faults(done.manifest_path)
+        assert str(done.manifest_path) in fault and "delete it" in fault
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,18 @@ def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
         recipe_path("13M")
     with pytest.raises(InputError, match="no such file"):
         recipe_path(tmp_path / "none.toml")
+
+
+def test_lock_and_model_lie_beside_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "sub" / "mine.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(
+        '[corpus]\nname = "mine"\ntrain = ["a"]\nval = ["b"]\nlock = "mine.lock.json"\n'
+        '[tokenizer]\nkind = "sentencepiece"\nmodel = "../own.model"\n[blocks]\nlength = 8\n'
+    )
+    settings = DataSettings.read(recipe)
+    assert settings.corpus.lock == recipe.parent / "mine.lock.json"
+    assert settings.tokenizer.model is not None
+    assert settings.tokenizer.model.resolve() == tmp_path / "own.model"
+    recipe.write_text(recipe.read_text().replace("mine.lock.json", "/data/mine.lock.json"))
+    assert DataSettings.read(recipe).corpus.lock == Path("/data/mine.lock.json")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,8 +55,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(FILES[path.removeprefix("/signed/")])
         if path.startswith("/plain/") and (name := path.removeprefix("/plain/")) in FILES:
             return self.answer(FILES[name])
+        if path == "/moved/00.jsonl.zst":
+            return self.answer(OTHER)
         if path == "/plain/SHA256SUMS":
-            return self.answer(f"{sha256(SHARD)}  00.jsonl.zst\n".encode())
+            return self.answer(f"{sha256(SHARD)}  train/00.jsonl.zst\n".encode())
         return self.answer(b"", 404)
 
     def tree(self, query: str) -> None:
@@ -111,7 +114,7 @@ def make(tmp_path: Path) -> Make:
         toml = tmp_path / "mine.toml"
         toml.write_text('name = "mine"\n' + text, "utf-8")
         found, beside = find(str(toml))
-        lock = make_lock(found, beside, tmp_path / "data", lambda _: None, QUICK)
+        lock = make_lock(found, [beside], tmp_path / "data", lambda _: None, QUICK)
         beside.write_text(lock.model_dump_json(exclude_defaults=True), "utf-8")
         return read_lock(beside)
 
@@ -133,7 +136,7 @@ def test_hub(make: Make, server: str, tmp_path: Path) -> None:
     corpus = Corpus(name="mine", train=("train/00",), val=("train/01",), lock=tmp_path / "mine.lock.json")
     receipt, _ = fetch(corpus, "train/00", tmp_path / "data")
     assert (tmp_path / "data" / receipt.path).read_bytes() == SHARD
-    assert receipt.url == f"{server}/datasets/own/name/resolve/{COMMIT}/train/00.jsonl.zst"
+    assert receipt.url == f"hf://datasets/own/name@{COMMIT}/train/00.jsonl.zst"
     assert "secret" not in receipt.model_dump_json() + lock.model_dump_json()
     assert {login for _, login in Hub.seen} == {"Bearer hf_canary"}  # one host: the endpoint itself
     assert make(HF) == lock
@@ -203,6 +206,67 @@ def test_server(make: Make, server: str, tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
+def test_list_that_names_none_of_the_files(make: Make, server: str) -> None:
+    with pytest.raises(InputError, match="/plain/SHA256SUMS: lists the sha256 of none of the 1 files"):
+        make(f'urls = ["{server}/plain/train/01.jsonl.zst"]\nchecksums = "{server}/plain/SHA256SUMS"')
+
+
+def test_another_address_is_another_corpus(make: Make, server: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    make(f'urls = ["{server}/plain/train/00.jsonl.zst"]')
+    corpus = Corpus(name="mine", train=("00",), val=("x",), lock=tmp_path / "mine.lock.json")
+    assert fetch(corpus, "00", tmp_path / "data")[0].sha256 == sha256(SHARD)
+    moved = make(f'urls = ["{server}/moved/00.jsonl.zst"]')
+    assert moved.files[0].sha256 is None  # nothing is known of the bytes there
+    receipt, was_there = fetch(corpus, "00", tmp_path / "data")
+    assert (receipt.sha256, was_there) == (sha256(OTHER), False)
+
+
+def test_out_is_held_against_the_pins_beside_the_source_too(make: Make, server: str, tmp_path: Path) -> None:
+    make(HF)
+    beside = tmp_path / "mine.lock.json"
+    beside.write_text(beside.read_text().replace(sha256(SHARD), "a" * 64))
+    with pytest.raises(InputError, match=f"sha256 is pinned to {'a' * 64}"):
+        make_lock(tmp_path / "mine.toml", [beside, tmp_path / "out"], tmp_path, lambda _: None, QUICK)
+
+
+@pytest.mark.parametrize("odd", ["link", "pipe", "bytes"])
+def test_folder_with_what_cannot_be_data(make: Make, tmp_path: Path, odd: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("x")
+    if odd == "link":
+        (folder / "more").symlink_to(tmp_path)
+    elif odd == "pipe":
+        os.mkfifo(folder / "b.txt")
+    else:
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("x")
+    with pytest.raises(
+        InputError, match=r"is a link to a folder|is not a plain file|is not UTF-8 or not printable"
+    ):
+        make('folder = "texts"')
+
+
+def test_names_that_look_the_same_are_kept_apart(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("中国.jsonl", "日本.jsonl", "a b.jsonl", "a-b.jsonl", "empty.jsonl"):
+        (folder / name).write_text("" if name == "empty.jsonl" else "x")
+    names = [entry.name for entry in make('folder = "texts"').files]
+    assert len(set(names)) == 4 and "a-b" in names
+
+
+def test_edited_folder_says_what_differs_and_how_to_go_on(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("x")
+    make('folder = "texts"\ntext_shards = 1')
+    (folder / "a.txt").write_text("y")
+    told = r"texts that differ: a\.txt; nothing was written; to take the folder as it is now, delete .* and lock again"
+    with pytest.raises(InputError, match=told):
+        make('folder = "texts"\ntext_shards = 1')
+
+
 def test_server_without_the_file_or_without_an_answer(make: Make, server: str) -> None:
     with pytest.raises(InputError, match=f"^{server}/plain/02.jsonl.zst: the server answered 404"):
         make(f'urls = ["{server}/plain/02.jsonl.zst"]')
@@ -260,7 +324,11 @@ def test_texts_are_dealt_by_their_paths(make: Make, tmp_path: Path) -> None:
         ('urls = ["https://x.org/a.txt"]\nfiles = ["a"]', "files goes with hf and folder"),
         ('folder = "x"\npassword = 1', r"password: unknown key"),
         ('urls = ["https://a.org/a.txt", "https://b.org/b.txt"]', "a corpus comes from one server"),
-        ('urls = ["https://x.org/a.txt?key=secret"]', "take the stable one"),
+        ('urls = ["https://x.org/a.txt?key=secret"]', "is no plain base URL"),
+        ('urls = ["not an address"]', "is none of http"),
+        ('urls = ["http://[::1/x.txt"]', "Invalid IPv6 URL"),
+        ('urls = ["file:///data/x.txt"]', "for files of this machine use folder ="),
+        ("[corpus]\nname = 'x'", "is a recipe; a lock is made of a corpus' TOML"),
         ('urls = ["https://me:pw@x.org/a.txt"]', "user name or password"),
         ('urls = ["ftp://x.org/a.txt"]', "is none of http:, https:, file: and hf:"),
         ('hf = "one-word"', "is not hf://datasets/OWNER/NAME"),
