@@ -95,9 +95,9 @@ def estimate(settings: DataSettings, data: Path, shards: tuple[str, ...] | None 
         else:
             text = int(raw * TEXT_PER_BYTE.get(Path(entry.path).suffix, 1.0))
             documents, tokens = text // DOCUMENT_BYTES + 1, int(text / BYTES_PER_TOKEN)
-        file = raw_path(settings.corpus.name, entry.name, entry.path, data)
-        if entry.texts:
+        if entry.texts and not figures and settings.corpus.sample_by == "document":
             documents = len(entry.texts)
+        file = raw_path(settings.corpus.name, entry.name, entry.path, data)
         there = next((path.stat().st_size for path in (file, part_of(file)) if path.is_file()), 0)
         rows = tokens // settings.blocks.length + 1
         found.append(

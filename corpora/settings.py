@@ -198,11 +198,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
+    locate(tables, path)
+    return tables
+
+
+def locate(tables: dict[str, Any], path: Path) -> None:
+    """Make the paths in a recipe's tables absolute; they are relative to the recipe at `path`."""
     for table, key in (("corpus", "lock"), ("tokenizer", "model")):
         keys = tables.get(table)
         if isinstance(keys, dict) and isinstance(keys.get(key), str):
             keys[key] = str(path.resolve().parent / keys[key])
-    return tables
 
 
 def parse(cls: type[S], tables: dict[str, Any], origin: Path | str) -> S:

@@ -156,7 +156,7 @@ def _folder(source: Source, folder: Path, data: Path, tell: Tell) -> Lock:
     texts = [path for path in chosen if path.endswith(".txt")]
     entries = []
     for path in chosen:
-        if path not in texts:
+        if not path.endswith(".txt"):
             file = folder / path
             if not (size := file.stat().st_size):
                 tell(f"{path}: is empty, and was left out")

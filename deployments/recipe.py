@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from corpora.errors import InputError
-from corpora.settings import DEPLOYMENTS, parse, read_toml, recipe_path
+from corpora.settings import DEPLOYMENTS, locate, parse, read_toml, recipe_path
 from models import runs
 from models.settings import RunSettings
 
@@ -59,4 +59,5 @@ def load(recipe: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
             if not isinstance(table, dict):
                 raise InputError(f"override {dotted!r}: {group!r} is not a table")
         table[key] = value
+    locate(tables, path)  # the run keeps the recipe elsewhere
     return parse(Recipe, tables, path)

@@ -1,5 +1,6 @@
 """What a recipe will cost: counted where it is done, reckoned where it is not."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from corpora.errors import InputError
 from corpora.estimate import check_space, estimate, free_bytes, measure_speed
 from corpora.prepare import prepare
-from corpora.settings import DataSettings
+from corpora.settings import Corpus, DataSettings
 
 Tiny = Callable[..., tuple[DataSettings, Path]]
 
@@ -103,3 +104,13 @@ def test_speed_is_measured_on_what_is_here(tiny: Tiny, tmp_path: Path) -> None:
     assert told == "the beginning of a" and speed > 100_000
     speed, told = measure_speed(settings, tmp_path / "nothing here")
     assert told == "Python's own sources" and speed > 100_000
+
+
+def test_texts_of_a_folder_are_counted(tmp_path: Path) -> None:
+    lock = tmp_path / "own.lock.json"
+    texts = {f"{number}.txt": "a" * 64 for number in range(480)}
+    files = [{"name": "text/0", "path": "text/0.tar", "size": 500_000, "sha256": "a" * 64, "texts": texts}]
+    lock.write_text(json.dumps({"corpus": "own", "url": tmp_path.as_uri(), "files": files}))
+    corpus = Corpus(name="own", train=("text/0",), val=("x",), lock=lock)
+    settings = DataSettings.read("demo").model_copy(update={"corpus": corpus})
+    assert estimate(settings, tmp_path, ("text/0",)).shards[0].documents == 480

@@ -58,3 +58,9 @@ def test_faults_are_named(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         recipe.load("demo", overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_lock_that_is_changed_lies_beside_the_recipe_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe.recipe_path("demo").read_text("utf-8"), "utf-8")
+    assert recipe.load(path, {"corpus.lock": "own.lock.json"}).corpus.lock == tmp_path / "own.lock.json"
