@@ -2,14 +2,15 @@
 
 import argparse
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corpora import blocks, demo, estimate, sources, verify
-from corpora.errors import EXIT_INPUT, InputError, PilelineError, run_cli
+from corpora import account, blocks, card, demo, estimate, explain, sample, sources, train_tokenizer, verify
+from corpora.errors import EXIT_INPUT, InputError, PilelineError, of_the_system, run_cli
 from corpora.fetch import fetch
 from corpora.files import data_root, write_aside, write_json
 from corpora.ledger import check_laws, total
@@ -17,7 +18,7 @@ from corpora.lock import built_in, load_lock
 from corpora.parallel import cores, each
 from corpora.part import part_of
 from corpora.patience import Patience
-from corpora.prepare import block_files, prepare
+from corpora.prepare import MODEL, Prepared, beside, block_files, prepare
 from corpora.progress import Progress, emit, log_above_bars, say
 from corpora.receipts import Receipt, raw_path, read_receipt
 from corpora.settings import DEPLOYMENTS, Corpus, DataSettings, read_toml, recipe_path
@@ -68,18 +69,50 @@ def main() -> int:
         help="go on for so long without any progress, once something has come (default: %(default)g)",
     )
 
+    step = steps.add_parser(
+        "sample", help="show what cleaning would do to a fetched shard, and write nothing"
+    )
+    step.add_argument("recipe", metavar="RECIPE")
+    step.add_argument("--shard", help="default: the recipe's first")
+    step.add_argument("--documents", type=int, default=2000, help="look at so many (default: %(default)s)")
+    step.add_argument(
+        "--examples", type=int, default=3, help="show so many for each rule (default: %(default)s)"
+    )
+
+    step = steps.add_parser(
+        "train-tokenizer", help="train the SentencePiece model that a recipe's [tokenizer.train] asks for"
+    )
+    step.add_argument("recipe", metavar="RECIPE")
+    step.add_argument("--events", action="store_true", help="report progress and result as JSON lines")
+
     step = steps.add_parser("prepare", help="clean, tokenize and pack fetched shards into blocks")
     step.add_argument("recipe", metavar="RECIPE")
     step.add_argument(
         "--shard", action="append", help="only this shard (may be given again); default: all of the recipe"
+    )
+    step.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="worker processes, over all shards that are prepared at the same time (default: %(default)s, the cores)",
     )
     step.add_argument("--events", action="store_true", help="report progress and result as JSON lines")
 
     step = steps.add_parser("stats", help="show the ledger of prepared shards")
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
 
+    step = steps.add_parser(
+        "explain", help="tell which documents a block is made of, and where they come from"
+    )
+    step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
+    step.add_argument("block", metavar="BLOCK", type=int, help="its number under DIR, from 0")
+    step.add_argument(
+        "--characters", type=int, default=200, help="of each text, from both its ends (default: %(default)s)"
+    )
+
     step = steps.add_parser("verify", help="hash fetched and prepared shards anew, and recount the blocks")
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with such shards under it")
+    step.add_argument("--deep", action="store_true", help="decode every document, not a sample of each part")
 
     step = steps.add_parser("convert", help="write prepared blocks in the other format")
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
@@ -93,8 +126,11 @@ def main() -> int:
         "lock": _lock,
         "estimate": _estimate,
         "fetch": _fetch,
+        "sample": _sample,
+        "train-tokenizer": _train_tokenizer,
         "prepare": _prepare,
         "stats": _stats,
+        "explain": _explain,
         "verify": _verify,
         "convert": _convert,
     }
@@ -236,70 +272,91 @@ def _fetch(recipe: str, shard: list[str] | None, parallel: int, patience: float)
     return final[0].exit_code if final else 0
 
 
-def _prepare(recipe: str, shard: list[str] | None, events: bool) -> int:
+def _sample(recipe: str, shard: str | None, documents: int, examples: int) -> int:
     settings = DataSettings.read(recipe)
-    lock = load_lock(settings.corpus, data_root())
-    for name in shard or settings.corpus.shards:
-        with Progress(f"prepare {name}", lock.entry(name).size, "B", events=events) as progress:
-            done = prepare(settings, name, data_root(), progress.add)
-        ledger = done.manifest["ledger"]
-        if events:
-            emit("result", shard=name, manifest=str(done.manifest_path), skipped=done.skipped, ledger=ledger)
-            continue
-        state = " (up to date)" if done.skipped else ""
-        print(
-            f"{name}: {ledger['kept']:,} documents, {ledger['blocks']:,} blocks, {done.manifest_path.parent}{state}"
-        )
+    for line in sample.sample(settings, shard or settings.corpus.shards[0], data_root(), documents, examples):
+        print(line)
     return 0
+
+
+def _train_tokenizer(recipe: str, events: bool) -> int:
+    settings = DataSettings.read(recipe)
+    if settings.tokenizer.train is None:
+        raise InputError(f"{recipe}: has no [tokenizer.train]; its tokenizer is given, not trained")
+    with Progress("tokenizer", settings.tokenizer.train.bytes, "B", events=events) as progress:
+        done = train_tokenizer.train(settings, data_root(), progress.add)
+    if events:
+        emit("result", model=str(done.model), skipped=done.skipped, manifest=done.manifest)
+    else:
+        print(f"{done.model}{' (up to date)' if done.skipped else ''}")
+    return 0
+
+
+def _prepare(recipe: str, shard: list[str] | None, workers: int, events: bool) -> int:
+    if workers < 1:
+        raise InputError("--workers is a number above 0")
+    settings, data = DataSettings.read(recipe), data_root()
+    lock, names = load_lock(settings.corpus, data), shard or settings.corpus.shards
+
+    def one(name: str) -> Prepared:
+        with Progress(f"prepare {name}", lock.entry(name).size, "B", events=events) as progress:
+            try:
+                return prepare(settings, name, data, progress.add, workers)
+            except OSError as error:  # of one shard; the others go on
+                raise of_the_system(error) from None
+
+    log_above_bars()
+    failed: list[PilelineError] = []
+    done = None
+    # As many shards at a time as workers: small ones are made side by side, a large one takes them all.
+    for name, result in each(names, one, min(workers, len(names))):
+        if isinstance(result, PilelineError):
+            failed.append(result)
+            say(f"error: {result}", sys.stderr)
+            continue
+        done, ledger = result, result.manifest["ledger"]
+        if events:
+            path = str(result.manifest_path)
+            emit("result", shard=name, manifest=path, skipped=result.skipped, ledger=ledger)
+            continue
+        state = " (up to date)" if result.skipped else ""
+        say(
+            f"{name}: {ledger['kept']:,} documents, {ledger['blocks']:,} blocks, {result.manifest_path.parent}{state}"
+        )
+    if done is not None and not events:
+        card.update(settings, beside(done))
+    final = [error for error in failed if isinstance(error, InputError)] or failed
+    return final[0].exit_code if final else 0
 
 
 def _stats(folder: Path) -> int:
-    found = verify.manifests(folder)
     by_settings: dict[Path, list[dict[str, Any]]] = {}
-    for path, manifest in found:
+    for path, manifest in verify.manifests(folder):
         check_laws(manifest["ledger"], str(path))
-        shard = Path(manifest["made_from"]["input"]["shard"])
-        by_settings.setdefault(path.parents[len(shard.parts)], []).append(manifest)
+        by_settings.setdefault(beside(Prepared(path, manifest, skipped=True)), []).append(manifest)
     for root, manifests in by_settings.items():
-        print(f"{root}: {len(manifests)} shards")
-        print(_account(total([manifest["ledger"] for manifest in manifests])))
+        engines = total([{"length": 0, **m.get("engines", {})} for m in manifests])
+        used = ", ".join(f"{name} ({count} parts)" for name, count in sorted(engines.items()) if " " in name)
+        print(f"{root}: {len(manifests)} shards, encoded by {used}")
+        print(account.text(total([manifest["ledger"] for manifest in manifests])))
     return 0
 
 
-def _account(ledger: dict[str, Any]) -> str:
-    """Write a ledger as text: the two laws, then a table of subsets."""
-
-    def parts(counts: dict[str, int]) -> str:
-        return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
-
-    tokens = ledger["text_tokens"] + ledger["special_tokens"]
-    lines = [
-        f"  lines      {ledger['lines']:,} = {ledger['kept']:,} kept + {sum(ledger['dropped'].values()):,} dropped"
-        f" + {sum(ledger['quarantined'].values()):,} quarantined",
-        f"  dropped    {parts(ledger['dropped'])}",
-        f"  quarantine {parts(ledger['quarantined'])}",
-        f"  changed    {parts(ledger['cleaned'])}",
-        f"  tokens     {tokens:,} = {ledger['blocks']:,} blocks x {ledger['length']:,} - {ledger['padding']:,} padding"
-        f" ({ledger['text_tokens']:,} of text, {ledger['special_tokens']:,} special)",
-        "",
-        f"  {'subset':<28} {'documents':>10} {'MB of text':>11} {'tokens':>13} {'bytes/token':>12}",
-    ]
-    for name, counts in sorted(ledger["subsets"].items(), key=lambda item: -item[1]["bytes"]):
-        ratio = counts["bytes"] / max(1, counts["tokens"])
-        lines.append(
-            f"  {name:<28} {counts['documents']:>10,} {counts['bytes'] / 1e6:>11.2f} {counts['tokens']:>13,} {ratio:>12.2f}"
-        )
-    return "\n".join(lines)
+def _explain(folder: Path, block: int, characters: int) -> int:
+    for line in explain.explain(verify.manifests(folder), block, characters):
+        print(line)
+    return 0
 
 
-def _verify(folder: Path) -> int:
+def _verify(folder: Path, deep: bool) -> int:
     fetched, prepared = verify.fetched(folder), sorted(folder.rglob("manifest.json"))
+    prepared = [path for path in prepared if path.parent.parent.name != "tokenizers"]
     if not fetched and not prepared:
         raise InputError(f"{folder}: neither a fetched nor a prepared shard under it")
     faults = 0
     for fault in itertools.chain(
         *map(verify.raw_faults, fetched),
-        *map(verify.faults, prepared),
+        *(verify.faults(path, deep) for path in prepared),
     ):
         faults += 1
         print(f"error: {fault}", file=sys.stderr)
@@ -310,18 +367,30 @@ def _verify(folder: Path) -> int:
 def _convert(folder: Path, out: Path, format: blocks.Format) -> int:
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies inside {folder}; choose a folder outside it")
-    for path, manifest in verify.manifests(folder):
+    found = verify.manifests(folder)
+    for path, manifest in found:
         target = out / path.parent.relative_to(folder)
         outputs = {}
-        for name in block_files(manifest):
-            final = (target / name).with_suffix(f".{format}")
+        for name, output in manifest["outputs"].items():
+            source, final = path.parent / name, target / name
+            is_blocks = name in block_files(manifest)
+            if is_blocks:
+                final = final.with_suffix(f".{format}")
             with write_aside(final) as aside:
-                digest = blocks.convert(path.parent / name, aside, format)
-                outputs[final.name] = {"size": aside.stat().st_size, "sha256": digest}
+                if is_blocks:
+                    digest = blocks.convert(source, aside, format)
+                    output = {"size": aside.stat().st_size, "sha256": digest}
+                else:
+                    shutil.copyfile(source, aside)
+            outputs[final.name] = output
         write_json(
             target / "manifest.json", {**manifest, "converted_from": manifest["outputs"], "outputs": outputs}
         )
-        print(f"{target}: {', '.join(outputs)}")
+        print(f"{target}: {', '.join(name for name in outputs if name.startswith('part-'))}")
+    for model in folder.rglob(MODEL):
+        if model.parent in {beside(Prepared(*one, skipped=True)) for one in found}:
+            with write_aside(out / model.relative_to(folder)) as aside:
+                shutil.copyfile(model, aside)
     return 0
 
 

@@ -1,15 +1,22 @@
 """Blocks on disk: rows of ids as Arrow IPC files (for training) or Parquet (for exchange).
 
-Two columns: `input_ids`, a fixed-size list of uint16 (uint32 above 65,536 ids), and `tokens`, how many of a
-row's ids are real; the rest, at its end, is padding.  What the rows were made from stands as JSON under the
-key "pileline" of the schema's metadata.  Any Arrow or Parquet reader opens them.
+A row's columns:
+
+input_ids  fixed-size list of uint16 (uint32 above 65,536 ids)
+tokens     how many of these ids are real; the rest, at the end, is padding
+shard      the shard that its documents come from
+segments   the pieces of documents in it, in order: `document`, its number in the part's documents file; `line`,
+           that of the shard, from 1; `offset`, where in the document's ids the piece begins; `length`, in ids
+
+What the rows were made from stands as JSON under the key "pileline" of the schema's metadata.  Any Arrow or
+Parquet reader opens them.
 """
 
 import hashlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +27,19 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from corpora.errors import InputError
-from corpora.pack import Rows
+from corpora.pack import Ids, Rows
 
 Format = Literal["arrow", "parquet"]
 PARQUET_ROW_GROUP_TOKENS = 1 << 19  # a random row costs the decoding of its whole group: 1 MB of ids
 METADATA_KEY = b"pileline"
+SEGMENT = pa.struct(
+    [
+        pa.field("document", pa.uint32(), nullable=False),
+        pa.field("line", pa.uint64(), nullable=False),
+        pa.field("offset", pa.uint32(), nullable=False),
+        pa.field("length", pa.uint32(), nullable=False),
+    ]
+)
 
 
 def schema(length: int, dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Schema:
@@ -33,12 +48,14 @@ def schema(length: int, dtype: np.dtype[Any], metadata: dict[str, Any]) -> pa.Sc
     fields = [
         pa.field("input_ids", pa.list_(item, length), nullable=False),
         pa.field("tokens", pa.uint32(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("segments", pa.list_(pa.field("item", SEGMENT, nullable=False)), nullable=False),
     ]
     text = json.dumps(metadata, sort_keys=True, ensure_ascii=False)
     return pa.schema(fields, metadata={METADATA_KEY: text.encode()})
 
 
-class _HashingFile(io.RawIOBase):
+class HashingFile(io.RawIOBase):
     """A file that keeps the sha256 of what is written to it."""
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +87,7 @@ class BlockWriter:
     def __init__(self, path: Path, format: Format, schema: pa.Schema) -> None:
         self.schema = schema
         self.length = schema.field("input_ids").type.list_size
-        self.file = _HashingFile(path)
+        self.file = HashingFile(path)
         self.rows = 0
         self._writer: Any
         if format == "arrow":
@@ -86,17 +103,33 @@ class BlockWriter:
                 write_page_checksum=True,
             )
 
-    def write(self, rows: Rows, tokens: npt.NDArray[np.uint32]) -> None:
-        """Append rows [n, length] and how many of each row's ids are real [n]."""
-        values = pa.array(np.ascontiguousarray(rows).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(values, type=self.schema.field("input_ids").type)
-        batch = pa.record_batch([column, pa.array(tokens, pa.uint32())], schema=self.schema)
+    def write(self, rows: Rows, shard: str, lines: npt.NDArray[np.uint64]) -> None:
+        """Append rows of a shard; `lines` are those of the part's documents."""
+        ids = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(rows.ids).reshape(-1)), type=self.schema.field("input_ids").type
+        )
+        columns = (rows.document, lines[rows.document], rows.offset, rows.length)
+        pieces = pa.StructArray.from_arrays(
+            [pa.array(values, field.type) for values, field in zip(columns, SEGMENT, strict=True)],
+            fields=list(SEGMENT),
+        )
+        ends = np.searchsorted(rows.row, np.arange(len(rows.ids) + 1))
+        segments = pa.ListArray.from_arrays(
+            pa.array(ends, pa.int32()), pieces, type=self.schema.field("segments").type
+        )
+        names = pa.array([shard] * len(rows.ids), pa.string())
+        self.write_batch(
+            pa.record_batch([ids, pa.array(rows.tokens, pa.uint32()), names, segments], schema=self.schema)
+        )
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Append a batch of this schema."""
         if isinstance(self._writer, pq.ParquetWriter):
             group = max(1, PARQUET_ROW_GROUP_TOKENS // self.length)
             self._writer.write_table(pa.Table.from_batches([batch]), row_group_size=group)
         else:
             self._writer.write_batch(batch)
-        self.rows += len(rows)
+        self.rows += batch.num_rows
 
     def close(self) -> str:
         """Finish the file and return its sha256."""
@@ -111,14 +144,17 @@ class _ArrowFile:
     def __init__(self, path: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.schema = reader.schema
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         length = self.schema.field("input_ids").type.list_size
-        self.ids = [b.column("input_ids").flatten().to_numpy().reshape(-1, length) for b in batches]
-        self.tokens = [b.column("tokens").to_numpy() for b in batches]
-        self.starts = np.cumsum([0, *(b.num_rows for b in batches)])
+        self.ids = [b.column("input_ids").flatten().to_numpy().reshape(-1, length) for b in self.batches]
+        self.tokens = [b.column("tokens").to_numpy() for b in self.batches]
+        self.starts = np.cumsum([0, *(b.num_rows for b in self.batches)])
 
-    def chunk(self, index: int) -> tuple[Rows, npt.NDArray[np.uint32]]:
+    def chunk(self, index: int) -> tuple[Ids, npt.NDArray[np.uint32]]:
         return self.ids[index], self.tokens[index]
+
+    def batch(self, index: int) -> pa.RecordBatch:
+        return self.batches[index]
 
 
 class _ParquetFile:
@@ -131,11 +167,11 @@ class _ParquetFile:
         meta = self.file.metadata
         self.starts = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
         self.keep = keep
-        self.groups: OrderedDict[int, tuple[Rows, npt.NDArray[np.uint32]]] = OrderedDict()
+        self.groups: OrderedDict[int, tuple[Ids, npt.NDArray[np.uint32]]] = OrderedDict()
 
-    def chunk(self, index: int) -> tuple[Rows, npt.NDArray[np.uint32]]:
+    def chunk(self, index: int) -> tuple[Ids, npt.NDArray[np.uint32]]:
         if index not in self.groups:
-            table = self.file.read_row_group(index).combine_chunks()
+            table = self.file.read_row_group(index, columns=["input_ids", "tokens"]).combine_chunks()
             ids = table["input_ids"].chunk(0).flatten().to_numpy().reshape(-1, self.length)
             self.groups[index] = ids, table["tokens"].chunk(0).to_numpy()
             if len(self.groups) > self.keep:
@@ -143,9 +179,16 @@ class _ParquetFile:
         self.groups.move_to_end(index)
         return self.groups[index]
 
+    def batch(self, index: int) -> pa.RecordBatch:
+        table = self.file.read_row_group(index).cast(self.schema).combine_chunks()
+        return table.to_batches()[0]
+
 
 class Blocks:
     """The rows of several block files as one sequence, in the files' order.
+
+    It is a map-style dataset as PyTorch's DataLoader wants one, and can be handed to processes: memory-mapped
+    files are opened anew there.
 
     length: ids in a row
     metadata: of the first file (see the module)
@@ -154,6 +197,7 @@ class Blocks:
     def __init__(self, files: Sequence[Path]) -> None:
         if not files:
             raise InputError("no block files given")
+        self.paths = tuple(files)
         self.files = [_open(path) for path in files]
         self.length: int = self.files[0].schema.field("input_ids").type.list_size
         self.metadata: dict[str, Any] = json.loads(self.files[0].schema.metadata[METADATA_KEY])
@@ -167,27 +211,46 @@ class Blocks:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def rows(self, indices: Iterable[int]) -> tuple[Rows, npt.NDArray[np.int64]]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Blocks, (self.paths,)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one row: `input_ids`, int64 [length], and `tokens`, how many of them are real."""
+        ids, tokens = self.rows([index])
+        return {"input_ids": ids[0].astype(np.int64), "tokens": int(tokens[0])}
+
+    def where(self, index: int) -> tuple[Path, int, dict[str, Any]]:
+        """Return a row's file, its number there, and all its columns as Python values."""
+        path, file, row, chunk = self._find(index)
+        one = file.batch(chunk).slice(row - int(file.starts[chunk]), 1)
+        return path, row, one.to_pylist()[0]
+
+    def _find(self, index: int) -> tuple[Path, "_ArrowFile | _ParquetFile", int, int]:
+        """Return a row's file, its number in it, and the chunk it lies in."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        f = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file, row = self.files[f], int(index - self.starts[f])
+        return self.paths[f], file, row, int(np.searchsorted(file.starts, row, side="right")) - 1
+
+    def rows(self, indices: Iterable[int]) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Return the rows [n, length] of these indices, and how many ids of each are real [n]."""
         wanted = np.fromiter(indices, np.int64)
         dtype = self.files[0].schema.field("input_ids").type.value_type.to_pandas_dtype()
         ids = np.empty((len(wanted), self.length), dtype)
         tokens = np.empty(len(wanted), np.int64)
         for n, index in enumerate(wanted):
-            if not 0 <= index < len(self):
-                raise IndexError(f"block {index} of {len(self)}")
-            f = int(np.searchsorted(self.starts, index, side="right")) - 1
-            file, row = self.files[f], index - self.starts[f]
-            c = int(np.searchsorted(file.starts, row, side="right")) - 1
+            _, file, row, c = self._find(int(index))
             chunk_ids, chunk_tokens = file.chunk(c)
             ids[n] = chunk_ids[row - file.starts[c]]
             tokens[n] = chunk_tokens[row - file.starts[c]]
         return ids, tokens
 
-    def batches(self, rows: int = 1024) -> Iterable[tuple[Rows, npt.NDArray[np.int64]]]:
-        """Yield all rows in order, at most `rows` at a time."""
-        for start in range(0, len(self), rows):
-            yield self.rows(range(start, min(start + rows, len(self))))
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield all rows in order, with all columns, as batches of the files."""
+        for file in self.files:
+            for chunk in range(len(file.starts) - 1):
+                yield file.batch(chunk)
 
 
 def _open(path: Path) -> _ArrowFile | _ParquetFile:
@@ -208,6 +271,6 @@ def convert(source: Path, target: Path, format: Format) -> str:
     """
     blocks = Blocks([source])
     writer = BlockWriter(target, format, blocks.files[0].schema)
-    for ids, tokens in blocks.batches():
-        writer.write(ids, tokens.astype(np.uint32))
+    for batch in blocks.batches():
+        writer.write_batch(batch)
     return writer.close()

@@ -42,6 +42,8 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "orjson",
+    "xxhash",
+    "ftfy",
     "pydantic",
     "tomli-w",
     "tqdm",

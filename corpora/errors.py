@@ -31,6 +31,15 @@ class Unavailable(PilelineError):
     exit_code = EXIT_UNAVAILABLE
 
 
+def of_the_system(error: OSError) -> PilelineError:
+    """Say what the operating system refused, and what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in NO_SPACE:
+        cure = "free some space, or set PILELINE_DATA and PILELINE_RUNS to a larger disk, then run again"
+        return InputError(f"{where}no space left on the disk; {cure}")
+    return Unavailable(f"{where}{error.strerror or error}")
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command-line `main` and leave the process: a `PilelineError` is one line, never a traceback."""
     try:
@@ -45,10 +54,6 @@ def run_cli(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno in NO_SPACE:
-            cure = "free some space, or set PILELINE_DATA and PILELINE_RUNS to a larger disk, then run again"
-            print(f"error: {where}no space left on the disk; {cure}", file=sys.stderr)
-            sys.exit(EXIT_INPUT)
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(EXIT_UNAVAILABLE)
+        fault = of_the_system(error)
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)

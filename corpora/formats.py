@@ -8,9 +8,9 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, Self, cast
 
 import orjson
 import pyarrow as pa
@@ -22,13 +22,12 @@ from corpora.read import (
     CHUNK,
     FORMATS,
     MAGIC,
-    MAX_LINE_BYTES,
     Format,
+    Limits,
     Line,
+    Lines,
     damaged,
     open_bytes,
-    read_lines,
-    split_lines,
     suffix_of,
     wrong_kind,
 )
@@ -38,35 +37,82 @@ BATCH_ROWS = 16  # of a Parquet file, decoded at a time: a row may be as long as
 _BOM = b"\xef\xbb\xbf"
 
 Progress = Callable[[int], None]
-Reader = Callable[[Path, Corpus, Progress, int], Iterator[Line]]
+Reader = Callable[[Path, Corpus, Progress], Iterator[Line]]
 
 
-def read_shard(
-    path: Path, corpus: Corpus, progress: Progress | None = None, max_bytes: int = MAX_LINE_BYTES
-) -> Iterator[Line]:
-    """Yield a shard's records as JSON lines, read as the end of its name says.
+class Shard:
+    """A shard's records as JSON lines, read as the end of its name says; whole, or part by part.
 
-    `progress` is told the bytes read of the file.  A record of more than `max_bytes` is a Line without data.
-    Raises InputError for a name of no known format, and for a file that is of another format, cut short,
-    damaged or without the settings' text column.
+    Part n of size s holds the records whose first byte lies in [n s, (n + 1) s) of the decompressed shard:
+    which part a record belongs to depends on nothing but its place.
+
+    Opening and reading raise InputError for a name of no known format, and for a file that is of another
+    format, cut short, damaged or without the settings' text column.
     """
-    suffix = suffix_of(path.name)
-    if suffix is None:
-        raise InputError(f"{path}: its name ends in no known format; known: {', '.join(FORMATS)}")
-    yield from _READERS[FORMATS[suffix]](path, corpus, progress or (lambda _: None), max_bytes)
+
+    def __init__(self, path: Path, corpus: Corpus, progress: Progress | None = None) -> None:
+        suffix = suffix_of(path.name)
+        if suffix is None:
+            raise InputError(f"{path}: its name ends in no known format; known: {', '.join(FORMATS)}")
+        self.lines = _READERS[FORMATS[suffix]](path, corpus, progress or (lambda _: None))
+        self.ended = False
+        self._next: Line | None = None
+
+    def part(self, number: int, size: int) -> Iterator[Line]:
+        """Yield the records of a part.  Parts are asked for in ascending order; those between are passed over."""
+        start, end = number * size, (number + 1) * size
+        if isinstance(self.lines, Lines):
+            self.lines.skip_to(start)
+            while self.lines.offset < end and (line := next(self.lines, None)) is not None:
+                yield line
+            self.ended = self.lines.offset < end
+            return
+        while True:
+            # Here only the record itself tells where it begins: one that is past the end is kept for later.
+            self._next = self._next or next(self.lines, None)
+            if self._next is None:
+                self.ended = True
+                return
+            if self._next.offset >= end:
+                return
+            line, self._next = self._next, None
+            if line.offset >= start:
+                yield line
+
+    def close(self) -> None:
+        """Close the file."""
+        if isinstance(self.lines, Lines):
+            self.lines.file.close()
+        elif isinstance(self.lines, Generator):
+            self.lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _lines(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> Iterator[Line]:
-    yield from read_lines(path, progress, max_bytes)
+def read_shard(path: Path, corpus: Corpus, progress: Progress | None = None) -> Iterator[Line]:
+    """Yield all of a shard's records as JSON lines; see `Shard`.
+
+    `progress` is told the bytes read of the file.  A record above [corpus] max_record_bytes has no data.
+    """
+    with Shard(path, corpus, progress) as shard:
+        yield from shard.lines
 
 
-def _text(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> Iterator[Line]:
+def _lines(path: Path, corpus: Corpus, progress: Progress) -> Lines:
+    return Lines(open_bytes(path, progress, Limits.of(corpus)), corpus.max_record_bytes)
+
+
+def _text(path: Path, corpus: Corpus, progress: Progress) -> Iterator[Line]:
     """Yield the texts of a .txt file."""
-    with open_bytes(path, progress) as file:
-        yield from _texts(file, corpus, max_bytes)
+    with open_bytes(path, progress, Limits.of(corpus)) as file:
+        yield from _texts(file, corpus)
 
 
-def _texts(file: IO[bytes], corpus: Corpus, max_bytes: int) -> Iterator[Line]:
+def _texts(file: io.BufferedReader, corpus: Corpus) -> Iterator[Line]:
     """Yield an open file's texts as JSON lines; offset and size are those of the text in the file.
 
     The meaning of `sample_by` is that of `load_dataset("text")` in Hugging Face's datasets, but:
@@ -75,7 +121,7 @@ def _texts(file: IO[bytes], corpus: Corpus, max_bytes: int) -> Iterator[Line]:
     that none is empty, begins with a newline, or is another text for being the last of its file;
     blank lines and blank files are given as they stand, for the ledger to count.
     """
-    for text in _SAMPLERS[corpus.sample_by](file, max_bytes):
+    for text in _SAMPLERS[corpus.sample_by](file, corpus.max_record_bytes):
         data = text.data
         if data is not None:
             # In front of a shard's first line a byte order mark is taken off, and counted, as in JSON lines.
@@ -87,7 +133,7 @@ def _texts(file: IO[bytes], corpus: Corpus, max_bytes: int) -> Iterator[Line]:
         yield Line(text.number, text.offset, text.size, data)
 
 
-def _whole(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
+def _whole(file: io.BufferedReader, max_bytes: int) -> Iterator[Line]:
     held, size = bytearray(), 0
     while chunk := file.read(CHUNK):
         size += len(chunk)
@@ -96,9 +142,9 @@ def _whole(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
     yield Line(1, 0, size, bytes(held) if size <= max_bytes else None)
 
 
-def _paragraphs(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
+def _paragraphs(file: io.BufferedReader, max_bytes: int) -> Iterator[Line]:
     number = 0
-    for blank, lines in itertools.groupby(split_lines(file, max_bytes), _is_blank):
+    for blank, lines in itertools.groupby(Lines(file, max_bytes), _is_blank):
         if blank:
             continue
         number += 1
@@ -113,8 +159,8 @@ def _paragraphs(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
         yield _without_cr(Line(number, start, size, bytes(held[:-1]) if size <= max_bytes else None))
 
 
-def _separate_lines(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
-    return map(_without_cr, split_lines(file, max_bytes))
+def _separate_lines(file: io.BufferedReader, max_bytes: int) -> Iterator[Line]:
+    return map(_without_cr, Lines(file, max_bytes))
 
 
 def _is_blank(line: Line) -> bool:
@@ -127,7 +173,7 @@ def _without_cr(line: Line) -> Line:
     return Line(line.number, line.offset, line.size - 1, line.data[:-1])
 
 
-def _tar(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> Iterator[Line]:
+def _tar(path: Path, corpus: Corpus, progress: Progress) -> Iterator[Line]:
     """Yield the texts of the files in a .tar, in its order; offsets are those in the archive."""
     number = told = 0
     with path.open("rb") as file:
@@ -139,7 +185,7 @@ def _tar(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> Iter
             raise wrong_kind(path, "tar", head) from None
         try:
             while (member := _next_file(path, archive)) is not None:
-                for text in _texts(cast(IO[bytes], archive.extractfile(member)), corpus, max_bytes):
+                for text in _texts(cast(io.BufferedReader, archive.extractfile(member)), corpus):
                     number += 1
                     data = text.data
                     if data is not None and number > 1:
@@ -179,7 +225,7 @@ def _next_file(path: Path, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
             raise InputError(f"{path}: {member.name!r} in it is no plain file; pack texts only, no links")
 
 
-def _parquet(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> Iterator[Line]:
+def _parquet(path: Path, corpus: Corpus, progress: Progress) -> Iterator[Line]:
     """Yield the rows of a .parquet file; offset and size are those of the JSON lines made of them."""
     with path.open("rb") as file:
         head = file.read(4)
@@ -206,7 +252,8 @@ def _parquet(path: Path, corpus: Corpus, progress: Progress, max_bytes: int) -> 
                 for row in zip(*(_strings(batch, keys) for keys in fields), strict=True):
                     data = _json(_nested(fields, row))
                     number += 1
-                    yield Line(number, offset, len(data), data if len(data) <= max_bytes else None)
+                    fits = len(data) <= corpus.max_record_bytes
+                    yield Line(number, offset, len(data), data if fits else None)
                     offset += len(data) + 1
                 done = size * number // max(1, number, total)
                 progress(done - told)
@@ -263,7 +310,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 _READERS: dict[Format, Reader] = {"lines": _lines, "text": _text, "parquet": _parquet, "tar": _tar}
-_SAMPLERS: dict[str, Callable[[IO[bytes], int], Iterator[Line]]] = {
+_SAMPLERS: dict[str, Callable[[io.BufferedReader, int], Iterator[Line]]] = {
     "document": _whole,
     "paragraph": _paragraphs,
     "line": _separate_lines,

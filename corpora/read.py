@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import orjson
 import zstandard
@@ -21,7 +21,7 @@ from corpora.errors import InputError
 from corpora.settings import Corpus
 
 CHUNK = 1 << 20
-MAX_LINE_BYTES = 64 << 20
+SLACK = 256 << 20  # text that any compressed file may hold, however small it is
 UNKNOWN_SUBSET = "unknown"
 
 Format = Literal["lines", "text", "parquet", "tar"]
@@ -57,11 +57,34 @@ def damaged(path: Path, what: str) -> InputError:
     return InputError(f"{path}: {what}; delete it and fetch it again")
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a file may ask for; see [corpus] max_record_bytes, max_window_bytes and max_expansion."""
+
+    record: int = 64 << 20
+    window: int = 128 << 20
+    expansion: int = 200
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> "Limits":
+        """Return a recipe's limits."""
+        return cls(corpus.max_record_bytes, corpus.max_window_bytes, corpus.max_expansion)
+
+    def check_bomb(self, path: Path, taken: int, given: int) -> None:
+        """Refuse a file of which `taken` bytes became `given` bytes of text, where that is out of all proportion."""
+        if given > SLACK + self.expansion * taken:
+            raise InputError(
+                f"{path}: its first {taken:,} bytes hold more than {given:,} bytes of text; is it a decompression "
+                f"bomb? If it is as it should be, raise [corpus] max_expansion above {self.expansion}"
+            )
+
+
 class _AndEndFrame(io.RawIOBase):
     """A file's bytes followed by one more zstd frame, whose text is `_END`."""
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
         self.file, self.progress = file, progress
+        self.taken = 0  # bytes of the file
         self.frame = io.BytesIO(_END_FRAME)
         self.file_ended = False
 
@@ -70,6 +93,7 @@ class _AndEndFrame(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         if data := self.file.read(size):
+            self.taken += len(data)
             if self.progress is not None:
                 self.progress(len(data))
             return data
@@ -88,8 +112,10 @@ class ZstdFile(io.RawIOBase):
     frame, the known frame's bytes are swallowed as part of that one, and the text ends otherwise or breaks.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, progress: Callable[[int], None] | None = None, limits: Limits | None = None
+    ) -> None:
+        self.path, self.limits = path, limits or Limits()
         self.file = path.open("rb")
         head = self.file.read(4)
         self.file.seek(0)
@@ -97,7 +123,7 @@ class ZstdFile(io.RawIOBase):
             self.file.close()
             raise wrong_kind(path, "zstd", head)
         self.source = _AndEndFrame(self.file, progress)
-        self.reader = zstandard.ZstdDecompressor().stream_reader(
+        self.reader = zstandard.ZstdDecompressor(max_window_size=self.limits.window).stream_reader(
             cast(BinaryIO, self.source), read_size=128 << 10, read_across_frames=True
         )
         self.held = b""  # the last bytes read: perhaps the end mark, so not yet given out
@@ -124,10 +150,17 @@ class ZstdFile(io.RawIOBase):
             if ready:
                 buffer[:ready] = data[:ready]
                 self.given += ready
+                self.limits.check_bomb(self.path, self.source.taken, self.given)
                 return ready
         return 0
 
     def _fault(self, error: str) -> InputError:
+        if "too much memory" in error:
+            return InputError(
+                f"{self.path}: one of its zstd frames needs a window of more than {self.limits.window:,} bytes "
+                "(`zstd --long`); raise [corpus] max_window_bytes, to at most 2_147_483_648; reading it takes as much "
+                "memory"
+            )
         what = "the file is cut short (it does not end where a zstd frame ends)"
         if not self.source.file_ended:
             what = f"damaged zstd data ({error})"
@@ -145,8 +178,10 @@ class GzipFile(io.RawIOBase):
     that reserved its room and did not fill it.
     """
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        self.path, self.progress = path, progress
+    def __init__(
+        self, path: Path, progress: Callable[[int], None] | None = None, limits: Limits | None = None
+    ) -> None:
+        self.path, self.progress, self.limits = path, progress, limits or Limits()
         self.file = path.open("rb")
         head = self.file.read(4)
         self.file.seek(0)
@@ -182,6 +217,7 @@ class GzipFile(io.RawIOBase):
             if data:
                 buffer[: len(data)] = data
                 self.given += len(data)
+                self.limits.check_bomb(self.path, self.file.tell(), self.given)
                 return len(data)
 
     def _fault(self, what: str) -> InputError:
@@ -195,7 +231,9 @@ class GzipFile(io.RawIOBase):
 class PlainFile(io.FileIO):
     """Read a file that is not compressed; a cut in it cannot be seen here, only by its sha256."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, progress: Callable[[int], None] | None = None, limits: Limits | None = None
+    ) -> None:
         super().__init__(path)
         self.progress = progress
 
@@ -206,14 +244,16 @@ class PlainFile(io.FileIO):
         return count
 
 
-def open_bytes(path: Path, progress: Callable[[int], None] | None = None) -> io.BufferedReader:
+def open_bytes(
+    path: Path, progress: Callable[[int], None] | None = None, limits: Limits | None = None
+) -> io.BufferedReader:
     """Open a file for reading, decompressed where its name ends in .zst or .gz.
 
     `progress` is told the bytes read of the file itself.  Opening and reading raise InputError for a
-    compressed file that is of another kind, cut short or damaged.
+    compressed file that is of another kind, cut short, damaged or beyond the limits.
     """
     kinds: dict[str, Callable[..., io.RawIOBase]] = {".zst": ZstdFile, ".gz": GzipFile}
-    return io.BufferedReader(kinds.get(path.suffix, PlainFile)(path, progress), CHUNK)
+    return io.BufferedReader(kinds.get(path.suffix, PlainFile)(path, progress, limits), CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,32 +269,54 @@ class Line:
     data: bytes | None
 
 
-def read_lines(
-    path: Path, progress: Callable[[int], None] | None = None, max_bytes: int = MAX_LINE_BYTES
-) -> Iterator[Line]:
-    """Yield a file's lines, decompressed as its name says; a last line without a newline counts.
+class Lines(Iterator[Line]):
+    """The lines of an open file; what is longer than `max_bytes` is measured and not kept.
 
-    `progress` is told the compressed bytes read.  Raises InputError for a file that is cut short or damaged.
+    number, offset: of the line that comes next
+    spill: is given the bytes of a line that is not kept, in pieces, as they are read
     """
-    with open_bytes(path, progress) as file:
-        yield from split_lines(file, max_bytes)
 
+    def __init__(self, file: io.BufferedReader, max_bytes: int) -> None:
+        self.file, self.max_bytes = file, max_bytes
+        self.number, self.offset = 1, 0
+        self.spill: Callable[[bytes], object] | None = None
 
-def split_lines(file: IO[bytes], max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of an open file; what is longer than `max_bytes` is measured and not kept."""
-    number = offset = 0
-    while data := file.readline(max_bytes + 1):
-        number += 1
+    def __next__(self) -> Line:
+        data = self.file.readline(self.max_bytes + 1)
+        if not data:
+            raise StopIteration
         size = len(data)
-        too_long = size > max_bytes and not data.endswith(b"\n")
+        too_long = size > self.max_bytes and not data.endswith(b"\n")
         if too_long:
-            while not data.endswith(b"\n") and (data := file.readline(CHUNK)):
+            self._spill(data)
+            while not data.endswith(b"\n") and (data := self.file.readline(CHUNK)):
                 size += len(data)
-        whole = size
-        if data.endswith(b"\n"):
-            size -= 1
-        yield Line(number, offset, size, None if too_long else data[:size])
-        offset += whole
+                self._spill(data)
+        line = Line(
+            self.number,
+            self.offset,
+            size - data.endswith(b"\n"),
+            None if too_long else data.removesuffix(b"\n"),
+        )
+        self.number += 1
+        self.offset += size
+        return line
+
+    def skip_to(self, offset: int) -> None:
+        """Go on to the first line that begins at `offset` or behind it, as fast as the file can be read."""
+        if self.offset >= offset:
+            return
+        while data := self.file.peek():
+            end = data.find(b"\n", max(0, offset - 1 - self.offset)) + 1
+            taken = self.file.read(end or len(data))
+            self.number += taken.count(b"\n")
+            self.offset += len(taken)
+            if end:
+                return
+
+    def _spill(self, data: bytes) -> None:
+        if self.spill is not None:
+            self.spill(data.removesuffix(b"\n"))
 
 
 @dataclass(frozen=True, slots=True)

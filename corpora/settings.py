@@ -89,6 +89,20 @@ class Corpus(Strict):
         default="document",
         description="what is a document in .txt and .tar shards: a whole file, a paragraph or a line",
     )
+    max_record_bytes: int = Field(
+        default=64 << 20, ge=1, description="a longer line (or row, or text) is quarantined unparsed"
+    )
+    max_window_bytes: int = Field(
+        default=128 << 20,
+        ge=1024,
+        le=1 << 31,
+        description="memory that a zstd frame may ask for; `zstd --long=31` needs 2_147_483_648",
+    )
+    max_expansion: int = Field(
+        default=200,
+        ge=2,
+        description="bytes of text that a compressed byte may become before a shard is taken for a bomb",
+    )
 
     @field_validator("train", "val", "test")
     @classmethod
@@ -109,17 +123,45 @@ class Corpus(Strict):
         return self
 
 
-class Clean(Strict):
-    """[clean] What is done to a document's text; every rule is counted in the ledger."""
+Rule = Literal["byte_order_mark", "newlines", "mojibake", "line_separators", "control_characters", "nfc"]
 
-    control_characters: bool = Field(
-        default=True, description="remove C0/C1 control characters except tab and newline"
+
+class Clean(Strict):
+    """[clean] What is done to a document's text; every rule is counted in the ledger, for each subset."""
+
+    profiles: dict[str, tuple[Rule, ...]] = Field(
+        default={},
+        description="rules by the name of a profile: changes `prose` or `safe`, or adds one of your own",
     )
-    newlines: bool = Field(default=True, description="CRLF and lone CR become LF")
+    subsets: dict[str, str] = Field(
+        default={},
+        description="profile by subset, beside those known for the Pile; a subset in neither gets `safe`",
+    )
     min_chars: int = Field(
         default=1,
         ge=1,
         description="drop documents with fewer characters, white space at both ends not counted",
+    )
+    duplicates: Literal["off", "tag", "drop"] = Field(
+        default="tag",
+        description="documents equal to an earlier one of their part: not looked for, counted, or dropped",
+    )
+    quarantine_limit: float = Field(
+        default=0.001,
+        ge=0,
+        le=1,
+        description="share of a shard's records that may be quarantined, beyond the first ten, before it fails",
+    )
+
+
+class TrainTokenizer(Strict):
+    """[tokenizer.train] A SentencePiece model of the pipeline's own: BPE with byte fallback."""
+
+    vocab: int = Field(default=32_000, ge=300, le=1 << 20, description="number of ids, special ones included")
+    bytes: int = Field(
+        default=50_000_000,
+        ge=1000,
+        description="UTF-8 bytes of cleaned text to learn from, taken from all train shards alike",
     )
 
 
@@ -136,13 +178,24 @@ class Tokenizer(Strict):
     )
     bos: int | None = Field(default=None, ge=0, description="id put before each document; leave out for none")
     eos: int | None = Field(default=None, ge=0, description="id put after each document; leave out for none")
+    train: TrainTokenizer | None = Field(
+        default=None, description="train a SentencePiece model on the train shards, instead of `model`"
+    )
+    backend: Literal["auto", "own", "fastokens"] = Field(
+        default="auto",
+        description="auto: fastokens where it is installed and proves to give the same ids; own: never",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.kind == "tiktoken" and self.name is None:
             raise ValueError('kind = "tiktoken" needs a name, e.g. name = "r50k_base"')
-        if self.kind == "sentencepiece" and self.model is None:
-            raise ValueError('kind = "sentencepiece" needs model = "path/to/tokenizer.model"')
+        if self.kind == "sentencepiece" and (self.model is None) == (self.train is None):
+            raise ValueError(
+                'kind = "sentencepiece" needs either model = "path/to/tokenizer.model" or a table [tokenizer.train]'
+            )
+        if self.kind != "sentencepiece" and self.train is not None:
+            raise ValueError('[tokenizer.train] needs kind = "sentencepiece"')
         return self
 
 
@@ -154,6 +207,15 @@ class Blocks(Strict):
     )
     format: Literal["arrow", "parquet"] = Field(
         default="arrow", description="arrow: memory-mapped training; parquet: small, for exchange"
+    )
+    packer: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="concat: documents end to end, cut anywhere; best_fit: only documents longer than a row are cut",
+    )
+    part_bytes: int = Field(
+        default=128 << 20,
+        ge=1 << 10,
+        description="bytes of JSON lines in a part of a shard: the unit of work, of retry and of packing",
     )
 
 

@@ -1,18 +1,26 @@
 """Prove what is on disk: hashes of shards and blocks, the ledger's laws, counts made anew from the blocks."""
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from corpora.blocks import Blocks
-from corpora.errors import InputError
+from corpora.documents import content_hash, read_table
+from corpora.errors import InputError, PilelineError
 from corpora.files import sha256_file
 from corpora.ledger import broken_laws
-from corpora.prepare import block_files, read_manifest
+from corpora.pack import Numbers
+from corpora.prepare import block_files, read_manifest, tokenizer_of
 from corpora.read import suffix_of
 from corpora.receipts import RECEIPT, read_receipt
+from corpora.tokenizer import Tokenizer
+
+SAMPLE = 64  # documents of a part that are decoded, unless all are
 
 
 def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -52,8 +60,12 @@ def raw_faults(file: Path) -> Iterator[str]:
         yield f"{file}: sha256 is {got}, its receipt says {receipt.sha256}; fetch it again"
 
 
-def faults(path: Path) -> Iterator[str]:
-    """Yield every fault of a prepared shard, given its manifest's path; each in one line."""
+def faults(path: Path, deep: bool = False) -> Iterator[str]:
+    """Yield every fault of a prepared shard, given its manifest's path; each in one line.
+
+    Hashes, laws, rows, segments and counts are made anew; a sample of the documents, or all with `deep`, is
+    decoded and compared with the hash of its cleaned text.
+    """
     try:
         manifest = read_manifest(path)
     except InputError as error:
@@ -70,28 +82,165 @@ def faults(path: Path) -> Iterator[str]:
             damaged = True
     yield from (f"{path}: {law}" for law in broken_laws(manifest["ledger"]))
     if not damaged:
-        yield from (f"{path.parent}: {fault}" for fault in _recount(path, manifest))
+        yield from (f"{path.parent}: {fault}" for fault in _recount(path, manifest, deep))
 
 
-def _recount(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Count rows, tokens, documents' ends and the largest id in the block files."""
-    ledger, tokenizer = manifest["ledger"], manifest["made_from"]["tokenizer"]
-    blocks = Blocks([path.parent / name for name in block_files(manifest)])
-    tokens, largest, specials = 0, 0, {tokenizer["bos"]: 0, tokenizer["eos"]: 0}
-    for ids, real in blocks.batches():
-        tokens += int(real.sum())
-        largest = max(largest, int(ids.max()))
-        inside = np.arange(blocks.length) < real[:, None]
-        for special in specials:
-            if special is not None:
-                specials[special] += int(((ids == special) & inside).sum())
-    if len(blocks) != ledger["blocks"]:
-        yield f"{len(blocks)} rows, the ledger says {ledger['blocks']}"
-    if tokens != ledger["text_tokens"] + ledger["special_tokens"]:
-        yield f"{tokens} tokens, the ledger says {ledger['text_tokens'] + ledger['special_tokens']}"
-    if largest >= tokenizer["vocab_size"]:
-        yield f"id {largest} is outside the tokenizer's {tokenizer['vocab_size']} ids"
-    for special, count in specials.items():
-        ends = (tokenizer["bos"], tokenizer["eos"]).count(special)
-        if special is not None and count != ends * ledger["kept"]:
-            yield f"special id {special} occurs {count} times, {ledger['kept']} documents want {ends * ledger['kept']}"
+@dataclass
+class _Counts:
+    rows: int = 0
+    tokens: int = 0
+    largest: int = 0
+    documents: int = 0
+    specials: Counter[int] = field(default_factory=Counter)
+    subsets: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def _recount(path: Path, manifest: dict[str, Any], deep: bool) -> Iterator[str]:
+    """Count everything anew in the files of all parts, and hold it against the ledger."""
+    ledger, made = manifest["ledger"], manifest["made_from"]["tokenizer"]
+    try:
+        encoder = tokenizer_of(path, manifest)
+    except PilelineError as error:  # no vocabulary here: all else can still be checked
+        yield f"its text cannot be decoded: {error}"
+        encoder = None
+    counts = _Counts()
+    lines = 0
+    for part in manifest["parts"]:
+        lines += part["count"]
+        yield from (
+            f"part {part['part']}: {fault}"
+            for fault in _check_part(path, manifest, part, counts, encoder, deep)
+        )
+    tokens = ledger["text_tokens"] + ledger["special_tokens"]
+    for what, got, wanted in (
+        ("lines in its parts", lines, ledger["lines"]),
+        ("rows", counts.rows, ledger["blocks"]),
+        ("tokens", counts.tokens, tokens),
+        ("documents", counts.documents, ledger["kept"]),
+    ):
+        if got != wanted:
+            yield f"{got} {what}, the ledger says {wanted}"
+    if counts.largest >= made["vocab_size"]:
+        yield f"id {counts.largest} is outside the tokenizer's {made['vocab_size']} ids"
+    for special in {made["bos"], made["eos"]} - {None}:
+        ends = (made["bos"], made["eos"]).count(special)
+        if counts.specials[special] != ends * ledger["kept"]:
+            yield (
+                f"special id {special} occurs {counts.specials[special]} times, {ledger['kept']} documents want "
+                f"{ends * ledger['kept']}"
+            )
+    for name in {*counts.subsets, *(n for n, subset in ledger["subsets"].items() if subset["documents"])}:
+        found, told = counts.subsets.get(name, Counter()), ledger["subsets"].get(name, {})
+        for key in ("documents", "bytes", "tokens", "duplicates"):
+            if found[key] != told.get(key, 0):
+                yield f"{name}: {found[key]} {key}, the ledger says {told.get(key, 0)}"
+
+
+def _check_part(
+    path: Path,
+    manifest: dict[str, Any],
+    part: dict[str, Any],
+    counts: _Counts,
+    encoder: Tokenizer | None,
+    deep: bool,
+) -> Iterator[str]:
+    """Check one part's rows, segments and documents, and add up what they hold."""
+    made = manifest["made_from"]["tokenizer"]
+    name = f"part-{part['part']:05}.{manifest['made_from']['blocks']['format']}"
+    name = next((n for n in block_files(manifest) if Path(n).stem == f"part-{part['part']:05}"), name)
+    if not part["blocks"]:
+        return
+    blocks = Blocks([path.parent / name])
+    table = read_table(path.parent / f"documents-{part['part']:05}.arrow")
+    ids, tokens = blocks.rows(range(len(blocks)))
+    real = np.arange(blocks.length) < tokens[:, None]
+    counts.rows += len(blocks)
+    counts.tokens += int(tokens.sum())
+    counts.documents += len(table)
+    counts.largest = max(counts.largest, int(ids.max()))
+    for special in {made["bos"], made["eos"]} - {None}:
+        counts.specials[special] += int(((ids == special) & real).sum())
+    subsets = table["subset"].to_pylist()
+    for subset, size, count, twice in zip(
+        subsets, *(table[key].to_pylist() for key in ("bytes", "tokens", "duplicate")), strict=True
+    ):
+        counts.subsets.setdefault(subset, Counter()).update(
+            documents=1, bytes=size, tokens=count, duplicates=twice
+        )
+
+    pieces = _segments(blocks)
+    sums = np.bincount(pieces.row, pieces.length, len(blocks))
+    if (sums != tokens).any():
+        yield f"the segments of row {int(np.flatnonzero(sums != tokens)[0])} do not add up to its tokens"
+        return
+    order = np.lexsort((pieces.offset, pieces.document))
+    document, offset, length = pieces.document[order], pieces.offset[order], pieces.length[order]
+    specials = (made["bos"] is not None) + (made["eos"] is not None)
+    wanted = table["tokens"].to_numpy().astype(np.int64) + specials
+    starts = np.cumsum([0, *wanted])
+    if (
+        not np.array_equal(np.unique(document), np.arange(len(table)))
+        or not np.array_equal(starts[document] + offset, np.cumsum(length) - length)
+        or int(length.sum()) != int(wanted.sum())
+    ):
+        yield "the segments do not hold every document once, from its first id to its last"
+        return
+    if not np.array_equal(table["line"].to_numpy()[pieces.document], pieces.line):
+        yield "the lines of the segments are not those of the documents file"
+    if encoder is None or int(ids.max()) >= encoder.vocab_size:
+        return
+    flat = ids.reshape(-1)
+    first = np.searchsorted(document, np.arange(len(table) + 1))
+    places = (pieces.row * blocks.length + pieces.start)[order]
+    step = 1 if deep else max(1, len(table) // SAMPLE)
+    hashes = table["xxh3_128"]
+    exact = table["exact"].to_numpy()
+    for number in (n for n in range(0, len(table), step) if exact[n]):
+        own = range(first[number], first[number + 1])
+        whole = np.concatenate([flat[places[n] : places[n] + length[n]] for n in own])
+        text = whole[made["bos"] is not None : len(whole) - (made["eos"] is not None)]
+        if content_hash(encoder.decode_bytes(text.tolist())) != hashes[number].as_py():
+            yield (
+                f"document {number} (line {table['line'][number].as_py()}) does not decode to the text that was cleaned"
+            )
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """All segments of a file: their rows, where in the row they start, and their columns."""
+
+    row: Numbers
+    start: Numbers
+    document: Numbers
+    line: npt.NDArray[np.uint64]
+    offset: Numbers
+    length: Numbers
+
+
+def _segments(blocks: Blocks) -> _Segments:
+    rows, found = [], []
+    first = 0
+    for batch in blocks.batches():
+        column = batch.column("segments")
+        counts = np.diff(column.offsets.to_numpy())
+        rows.append(first + np.repeat(np.arange(batch.num_rows), counts))
+        found.append(column.flatten())
+        first += batch.num_rows
+    columns = {
+        name: np.concatenate([pieces.field(name).to_numpy() for pieces in found])
+        for name in ("document", "line", "offset", "length")
+    }
+    row = np.concatenate(rows)
+    length = columns["length"].astype(np.int64)
+    ends = np.cumsum(length)
+    begins = np.flatnonzero(np.r_[True, row[1:] != row[:-1]])
+    of_row = np.cumsum(np.r_[True, row[1:] != row[:-1]]) - 1
+    start = (ends - length) - (ends - length)[begins][of_row]
+    return _Segments(
+        row,
+        start,
+        columns["document"].astype(np.int64),
+        columns["line"],
+        columns["offset"].astype(np.int64),
+        length,
+    )

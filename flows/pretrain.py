@@ -14,6 +14,7 @@ from prefect import flow, runtime, unmapped
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from corpora.errors import InputError, run_cli
+from corpora.parallel import cores
 from deployments import recipe as recipes
 from flows import cli
 from tasks import child, logs, report
@@ -24,6 +25,7 @@ from tasks.generate import generate
 from tasks.outcome import every_shard
 from tasks.prepare import prepare
 from tasks.train import train
+from tasks.train_tokenizer import train_tokenizer
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -39,7 +41,7 @@ def pretrain(
     shards: int | None = None,
     steps: int | None = None,
     device: Device = "auto",
-    workers: int = 2,
+    workers: int | None = None,
     downloads: int = 4,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -52,12 +54,13 @@ def pretrain(
         shards: Train on this many of the recipe's train shards only.
         steps: Train for this many steps instead of the recipe's.
         device: Where the model runs; auto takes a GPU when there is one.
-        workers: Shards that are worked on at the same time, each in a process of its own.
+        workers: Processes that turn text into blocks, over all shards; by default one for each core.
         downloads: Shards that are fetched at the same time.
         overrides: Other keys of the recipe to change, such as {"train.lr": 0.003}.
     """
     logs.begin()
     child.allow()
+    workers = cores() if workers is None else workers
     settings = choose(recipe, shards, steps, workers, downloads, overrides)
     name, corpus = Path(recipe).stem, settings.corpus
     unknown = check(name, settings)
@@ -69,9 +72,16 @@ def pretrain(
         run = begin(name, settings, settings.toml())
         names = corpus.shards
         fetched = fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": names})
-        prepared = runner.map(prepare, {"run": unmapped(run), "shard": names, "fetched": fetched})
+        learned = []
+        if settings.tokenizer.train is not None:
+            learned = [fetcher.submit(train_tokenizer, {"run": run, "fetched": fetched[: len(corpus.train)]})]
+        prepared = runner.map(
+            prepare,
+            {"run": unmapped(run), "shard": names, "fetched": fetched, "workers": unmapped(workers)},
+            wait_for=learned,
+        )
         shards_done = every_shard(names, fetched, prepared)
-    report.ledger(run, shards_done)
+    report.ledger(run, settings, shards_done)
 
     trained = train(run, device, return_state=True).result()
     scores = evaluate(run, device)
@@ -116,10 +126,12 @@ def main() -> None:
     parser.add_argument("--shards", type=int, help="train on the first SHARDS train shards only")
     parser.add_argument("--steps", type=int, help="train for STEPS steps instead of the recipe's")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--workers", type=int, default=2, help="shards worked on at the same time")
+    parser.add_argument("--workers", type=int, help="processes that make blocks; default: one for each core")
     parser.add_argument("--downloads", type=int, default=4, help="shards fetched at the same time")
     arguments = parser.parse_args()
-    choose(arguments.recipe, arguments.shards, arguments.steps, arguments.workers, arguments.downloads, None)
+    choose(
+        arguments.recipe, arguments.shards, arguments.steps, arguments.workers or 1, arguments.downloads, None
+    )
     with cli.reachable_server():
         done = pretrain(**vars(arguments))
     print(

@@ -1,8 +1,9 @@
 """Which blocks a step trains on, and as what tensors.
 
 The order is a pure function of (seed, step): blocks are numbered in an endless row of epochs, each a
-permutation of its own, and step s takes the s-th group of `batch`.  Nothing has to be saved to go on, and
-neither the number of processes nor of micro-batches changes what a step sees.
+permutation of its own, and step s takes the s-th group of `batch`.  Both are computed, not stored, so three
+integers suffice to go on: (seed, step, batch), or (seed, epoch, index).  Neither the number of processes nor of
+micro-batches changes what a step sees.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from corpora.blocks import Blocks
 from corpora.errors import InputError
+from corpora.order import Permutation
 from models.decoder import IGNORED
 from models.settings import Model
 
@@ -28,20 +30,17 @@ class Order:
                 f"lower train.batch to at most {blocks}, or train on more shards"
             )
         self.blocks, self.batch, self.seed = blocks, batch, seed
-        self._epochs: dict[int, npt.NDArray[np.int64]] = {}
 
     def step(self, step: int) -> npt.NDArray[np.int64]:
         """Return the indices of step `step`, counted from 0."""
-        places = np.arange(step * self.batch, (step + 1) * self.batch)
-        return np.array([self._epoch(int(p) // self.blocks)[int(p) % self.blocks] for p in places])
+        epoch, first = divmod(step * self.batch, self.blocks)
+        last = min(first + self.batch, self.blocks)
+        # A step is at most as long as an epoch, so it reaches at most into the next one.
+        rest = self.batch - (last - first)
+        return np.concatenate([self._epoch(epoch, first, last), self._epoch(epoch + 1, 0, rest)])
 
-    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch not in self._epochs:
-            # A step spans at most two epochs, so older ones are not needed again.
-            self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epochs[epoch] = generator.permutation(self.blocks)
-        return self._epochs[epoch]
+    def _epoch(self, epoch: int, first: int, last: int) -> npt.NDArray[np.int64]:
+        return Permutation(self.blocks, self.seed, epoch)(np.arange(first, last))
 
 
 def check_fits(blocks: Blocks, model: Model) -> None:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from corpora.errors import InputError
 from corpora.files import data_root
 from corpora.prepare import blocks_fingerprint, open_blocks
-from corpora.tokenizer import Tokenizer, load
+from corpora.tokenizer import Tokenizer, for_recipe
 from models import checkpoint, data, device, score
 from models.checkpoint import OPTIMIZER, WEIGHTS, Scores, State
 from models.decoder import IGNORED, Decoder, count_parameters
@@ -93,7 +93,7 @@ class Trainer:
                 f"train.batch {train.batch} cannot be shared equally by {processes.size} processes"
             )
         self.dtype = device.choose_dtype(train.dtype, processes.device)
-        self.tokenizer: Tokenizer = load(settings.tokenizer)
+        self.tokenizer: Tokenizer = for_recipe(settings, data_root())
         self.blocks = open_blocks(settings, corpus.train, data_root())
         self.held_out = open_blocks(settings, corpus.val, data_root())
         for blocks in (self.blocks, self.held_out):

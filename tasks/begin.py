@@ -20,7 +20,8 @@ def check(name: str, settings: RunSettings) -> list[str]:
     data, corpus = files.data_root(), settings.corpus
     if corpus.name == "demo" and corpus.lock is None:
         demo.build(data)
-    vocabulary = tokenizer.load(settings.tokenizer).vocab_size
+    trained = settings.tokenizer.train
+    vocabulary = trained.vocab if trained else tokenizer.load(settings.tokenizer).vocab_size
     if vocabulary > settings.model.vocab:
         raise InputError(
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "

@@ -22,11 +22,23 @@ log = logging.getLogger(__name__)
     cache_policy=NO_CACHE,  # the manifest, written last, is the record of what is done
     tags=["prepare"],
 )
-def prepare(run: Path, shard: str, fetched: str) -> dict[str, Any]:
-    """Decompress, clean, encode and pack one shard; `fetched` is its sha256, and the arrow from `fetch`."""
+def prepare(run: Path, shard: str, fetched: str, workers: int) -> dict[str, Any]:
+    """Decompress, clean, encode and pack one shard; `fetched` is its sha256, and the arrow from `fetch`.
+
+    `workers` is the number of worker processes over all shards.
+    """
     ring = Ring(artifact_key(run.name, "prepare", shard), f"prepare {shard}")
     prepared = child.run(
-        child.python("corpora", "prepare", run / "recipe.toml", "--shard", shard, "--events"),
+        child.python(
+            "corpora",
+            "prepare",
+            run / "recipe.toml",
+            "--shard",
+            shard,
+            "--workers",
+            str(workers),
+            "--events",
+        ),
         ring.listen,
     )
     if prepared["skipped"]:

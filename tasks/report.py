@@ -15,8 +15,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from corpora import account, card
 from corpora.ledger import check_laws
 from corpora.ledger import total as add_up
+from corpora.prepare import Prepared, beside, read_manifest
+from corpora.settings import DataSettings
 from tasks import picture
 from tasks.history import Night
 from tasks.progress import artifact_key
@@ -27,8 +30,10 @@ Ledger = Mapping[str, Any]
 
 
 @task(task_run_name="report {run.name}", cache_policy=NO_CACHE)
-def ledger(run: Path, prepared: Sequence[Mapping[str, Any]]) -> None:
-    """Publish what became of every line of every shard."""
+def ledger(run: Path, settings: DataSettings, prepared: Sequence[Mapping[str, Any]]) -> None:
+    """Publish what became of every line of every shard, and lay the dataset card beside the blocks."""
+    manifest = Path(prepared[0]["manifest"])
+    card.update(settings, beside(Prepared(manifest, read_manifest(manifest), skipped=True)))
     ledgers = {one["shard"]: one["ledger"] for one in prepared}
     publish(run, "ledger", f"Every line of {len(ledgers)} shards", ledger_markdown(run.name, ledgers))
 
@@ -90,11 +95,20 @@ def ledger_markdown(name: str, ledgers: Mapping[str, Ledger]) -> str:
         "\n".join(f"- {law}" for law in laws(total)),
         "## Documents by subset",
         _table(
-            ["subset", "documents", "text bytes", "tokens", "share of tokens", "bytes per token"],
+            [
+                "subset",
+                "documents",
+                "duplicates",
+                "text bytes",
+                "tokens",
+                "share of tokens",
+                "bytes per token",
+            ],
             [
                 [
                     subset,
                     one["documents"],
+                    one["duplicates"],
                     one["bytes"],
                     one["tokens"],
                     _share(one["tokens"], total["text_tokens"]),
@@ -107,10 +121,12 @@ def ledger_markdown(name: str, ledgers: Mapping[str, Ledger]) -> str:
     for title, column, counts in (
         ("Dropped, by rule", "rule", total["dropped"]),
         ("Quarantined, by reason", "reason", total["quarantined"]),
-        ("Changed by cleaning, by rule", "rule", total["cleaned"]),
     ):
         rows = [[rule, count] for rule, count in sorted(counts.items()) if count]
         parts += [f"## {title}", _table([column, "documents"], rows) if rows else "None."]
+    changes = [[subset, rule, *counts.values()] for subset, rule, counts in account.changes(total["subsets"])]
+    header = ["subset", "rule", "documents", "bytes before", "bytes after"]
+    parts += ["## Cleaning, by subset and rule", _table(header, changes) if changes else "Nothing changed."]
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,14 +36,17 @@ def recipe(tiny: Tiny, tmp_path: Path) -> str:
     path = tmp_path / "mine.toml"
     path.write_text(
         f'[corpus]\nname = "tiny"\ntrain = ["a"]\nval = ["v"]\nlock = "{settings.corpus.lock}"\n'
-        '[tokenizer]\nname = "r50k_base"\nbos = 50256\neos = 50256\n[blocks]\nlength = 8\n'
+        '[tokenizer]\nname = "r50k_base"\nbos = 50256\neos = 50256\n[blocks]\nlength = 8\n[clean]\nquarantine_limit = 0.5\n'
     )
     return str(path)
 
 
 def test_lists(run: Run, recipe: str) -> None:
     listed = run("list").stdout
-    assert "corpora:  demo, pile, pile-uncopyrighted\n" in listed and "recipes:  13m, 13m-gpt, 2b, " in listed
+    assert (
+        "corpora:  demo, pile, pile-uncopyrighted\n" in listed
+        and "recipes:  13m, 13m-gpt, 13m-sp, 2b, " in listed
+    )
     pile = run("list", "pile-uncopyrighted").stdout.splitlines()
     assert len(pile) == 33
     assert pile[1].split() == "train/00 11,152,428,427 bytes sha256 d272462df195e277 not here".split()
@@ -76,11 +79,11 @@ def test_own_folder_from_lock_to_blocks(run: Run, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'[corpus]\nname = "own"\ntrain = ["train/0"]\nval = ["val/0"]\nlock = "{tmp_path}/own.lock.json"\n'
-        '[tokenizer]\nname = "r50k_base"\nbos = 50256\neos = 50256\n[blocks]\nlength = 8\n'
+        '[tokenizer]\nname = "r50k_base"\nbos = 50256\neos = 50256\n[blocks]\nlength = 8\n[clean]\nquarantine_limit = 0.5\n'
     )
     assert run("fetch", str(recipe)).returncode == 0
     prepared = run("prepare", str(recipe))
-    assert prepared.stdout.startswith("train/0: 5 documents, "), prepared.stderr
+    assert "\ntrain/0: 5 documents, " in f"\n{prepared.stdout}", prepared.stderr
     verified = run("verify", str(tmp_path / "data"))
     assert verified.stdout.endswith(": 2 fetched and 2 prepared shards verified, 0 faults\n")
 
@@ -129,7 +132,7 @@ def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
 
     prepared = run("prepare", recipe)
     assert prepared.returncode == 0, prepared.stderr
-    assert prepared.stdout.startswith("a: 20 documents, 10 blocks, ")
+    assert "\na: 20 documents, 10 blocks, " in f"\n{prepared.stdout}"
     assert run("prepare", recipe).stdout.count("(up to date)") == 2
 
     stats = run("stats", str(tmp_path / "data")).stdout
@@ -152,7 +155,7 @@ def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
     )
     assert rows[0]["input_ids"] == [50256, 31373, 995, 50256] * 2
 
-    part = next((tmp_path / "data").rglob("part-0000.arrow"))
+    part = next((tmp_path / "data").rglob("part-00000.arrow"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     damaged = run("verify", str(tmp_path / "data"))
     assert damaged.returncode == 2
@@ -195,9 +198,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(recipe: str, tmp_path: Path)
     # A limit on the size of files stands for the end of the disk: both end a write.
     limited = "import resource, signal, sys, runpy\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
-    limited += (
-        f"sys.argv = ['corpora', 'prepare', {recipe!r}]\nrunpy.run_module('corpora', run_name='__main__')"
-    )
+    limited += f"sys.argv = ['corpora', 'prepare', {recipe!r}, '--shard', 'a']\n"
+    limited += "runpy.run_module('corpora', run_name='__main__')"
     environment = {**os.environ, "PILELINE_DATA": str(tmp_path / "data")}
     command = [sys.executable, "-c", limited]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -210,5 +212,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(recipe: str, tmp_path: Path)
 
 def test_help_names_every_step(run: Run) -> None:
     text = run("--help").stdout
-    for step in ("build-demo", "fetch", "prepare", "stats", "verify", "convert"):
+    for step in ("build-demo", "fetch", "sample", "prepare", "stats", "explain", "verify", "convert"):
         assert step in text

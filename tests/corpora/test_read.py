@@ -5,6 +5,7 @@ import json
 import random
 import tracemalloc
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from corpora.errors import InputError
-from corpora.read import BadRecord, Line, ZstdFile, open_bytes, parse_record, read_lines, suffix_of
+from corpora.read import BadRecord, Line, Lines, ZstdFile, open_bytes, parse_record, suffix_of
 from corpora.settings import Corpus
 
 CORPUS = Corpus(name="tiny", train=("a",), val=("b",))
@@ -28,6 +29,13 @@ def read_all(path: Path, data: bytes) -> bytes:
     path.write_bytes(data)
     with ZstdFile(path) as file:
         return file.read()
+
+
+def read_lines(
+    path: Path, progress: Callable[[int], None] | None = None, max_bytes: int = 64 << 20
+) -> Iterator[Line]:
+    with open_bytes(path, progress) as file:
+        yield from Lines(file, max_bytes)
 
 
 def incompressible(size: int) -> bytes:

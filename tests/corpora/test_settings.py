@@ -39,7 +39,7 @@ def test_the_data_half_is_read_from_any_recipe(tmp_path: Path) -> None:
         (
             "length = 16",
             "lenght = 16",
-            r"\[blocks\] length: missing; \[blocks\] lenght: unknown key \(known: length, format\)",
+            r"\[blocks\] length: missing; \[blocks\] lenght: unknown key \(known: length, format, packer, part_bytes\)",
         ),
         (
             "length = 16",
@@ -60,7 +60,7 @@ def test_faults_are_named(tmp_path: Path, before: str, after: str, message: str)
 
 
 def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'13M' is unknown; known: 13m, 13m-gpt, 2b, 2b-gpt, demo"):
+    with pytest.raises(InputError, match="'13M' is unknown; known: 13m, 13m-gpt, 13m-sp, 2b, 2b-gpt, demo"):
         recipe_path("13M")
     with pytest.raises(InputError, match="no such file"):
         recipe_path(tmp_path / "none.toml")

@@ -27,6 +27,7 @@ def test_the_names_that_are_typed() -> None:
         "pretrain/demo",
         "pretrain/13m",
         "pretrain/13m-gpt",
+        "pretrain/13m-sp",
         "pretrain/2b",
         "pretrain/2b-gpt",
         "evaluate/nightly",

@@ -55,6 +55,25 @@ def test_what_is_done_is_not_done_again(trained: Any, tiny: Path) -> None:
     assert " after 6 steps (watched blocks); " in again.stdout
 
 
+def test_a_recipe_may_train_its_tokenizer(trained: Any, tiny: Path) -> None:
+    recipe = tiny.with_name("pieces.toml")
+    text = tiny.read_text().replace('kind = "tiktoken"\nname = "r50k_base"', 'kind = "sentencepiece"')
+    text = text.replace("bos = 50256\neos = 50256", "bos = 1\neos = 2\n[tokenizer.train]\nvocab = 300")
+    recipe.write_text(text.replace("vocab = 50304", "vocab = 320"))
+    first = trained.run("flows.pretrain", str(recipe))
+    assert first.returncode == 0, first.stderr
+    assert " after 6 steps (watched blocks); " in first.stdout
+    (model,) = (trained.root / "data" / "tiny-corpus" / "tokenizers").rglob("tokenizer.model")
+    (beside,) = (trained.root / "data" / "tiny-corpus" / "blocks").glob("*/tokenizer.model")
+    assert model.read_bytes() == beside.read_bytes()
+    assert (beside.parent / "README.md").is_file()
+    again = trained.run("flows.pretrain", str(recipe))
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("Finished in state UpToDate(") == 8  # as above, and the tokenizer
+    for folder in (trained.root / "runs").glob("pieces-*"):
+        shutil.rmtree(folder)  # the nights below are of one recipe
+
+
 def test_one_bad_shard_fails_the_flow_by_its_name(served: Any, half: Path) -> None:
     failed = served.run("flows.pretrain", str(half))
     assert failed.returncode == 2

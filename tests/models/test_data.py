@@ -1,13 +1,18 @@
 """The order of blocks, and blocks as tensors."""
 
+import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from corpora.blocks import Blocks, BlockWriter, schema
 from corpora.errors import InputError
+from corpora.order import Permutation
+from corpora.pack import Rows
 from models import data
 from models.decoder import IGNORED
 from models.settings import Model
@@ -16,7 +21,9 @@ from models.settings import Model
 def write(path: Path, rows: list[list[int]], tokens: list[int], vocab_size: int = 100) -> Blocks:
     metadata = {"tokenizer": {"vocab_size": vocab_size}}
     writer = BlockWriter(path, "arrow", schema(len(rows[0]), np.dtype(np.uint16), metadata))
-    writer.write(np.array(rows, np.uint16), np.array(tokens, np.uint32))
+    number = np.arange(len(rows))
+    pieces = Rows(np.array(rows, np.uint16), number, number, number * 0, np.array(tokens))  # a document a row
+    writer.write(pieces, "train/00", number.astype(np.uint64) + 1)
     writer.close()
     return Blocks([path])
 
@@ -35,6 +42,15 @@ def test_every_epoch_has_every_block_once_in_another_order() -> None:
     assert list(first) != list(range(10))
 
 
+@pytest.mark.parametrize(("blocks", "batch"), [(1, 1), (7, 7), (10, 4), (10, 9), (12, 4), (1000, 333)])
+def test_steps_are_the_epochs_end_to_end(blocks: int, batch: int) -> None:
+    order = data.Order(blocks, batch, 3)
+    steps = [order.step(s) for s in range(2 * blocks)]
+    assert {len(step) for step in steps} == {batch}
+    epochs = [Permutation(blocks, 3, epoch)(np.arange(blocks)) for epoch in range(2 * batch)]
+    assert np.array_equal(np.concatenate(steps), np.concatenate(epochs))
+
+
 def test_a_step_depends_on_seed_and_number_only() -> None:
     forward = [list(data.Order(10, 4, 7).step(s)) for s in range(8)]
     one = data.Order(10, 4, 7)
@@ -42,7 +58,43 @@ def test_a_step_depends_on_seed_and_number_only() -> None:
     assert forward == backward[::-1]
     assert forward != [list(data.Order(10, 4, 8).step(s)) for s in range(8)]
     # Pinned: with another order a run that goes on would see blocks twice and others never.
-    assert forward[0] == [6, 3, 9, 1]
+    assert forward[:3] == [[4, 7, 9, 3], [5, 0, 6, 2], [1, 8, 8, 7]]
+
+
+def test_a_trillion_blocks_take_no_memory() -> None:
+    order = data.Order(10**12, 512, 0)
+    far = order.step(10**15)  # in epoch 512,000
+    assert len(set(far.tolist())) == 512
+    assert 0 <= far.min() < 10**11
+    assert 9 * 10**11 < far.max() < 10**12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_data_loader_sees_each_block_once_an_epoch(tmp_path: Path, workers: int) -> None:
+    files = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
+    write(files[0], [[n, 50, n] for n in range(7)], [3] * 7)
+    write(files[1], [[n, 50, n] for n in range(7, 12)], [2] * 5)
+    blocks = Blocks(files)
+    order = data.Order(len(blocks), 5, 7)
+    steps = [order.step(s).tolist() for s in range(5)]  # 25 blocks: two epochs, and one more
+    loader = DataLoader(blocks, batch_sampler=steps, num_workers=workers)
+    seen = []
+    for step, rows in zip(steps, loader, strict=True):
+        assert rows["input_ids"].dtype == rows["tokens"].dtype == torch.int64
+        assert rows["input_ids"].tolist() == [[n, 50, n] for n in step]
+        assert rows["tokens"].tolist() == [3 if n < 7 else 2 for n in step]
+        seen += rows["input_ids"][:, 0].tolist()
+    assert Counter(seen[:12]) == Counter(seen[12:24]) == Counter(range(12))
+    one_by_one = DataLoader(blocks, batch_size=5, sampler=seen[:12], num_workers=workers)
+    assert [rows["input_ids"][:, 0].tolist() for rows in one_by_one] == [seen[:5], seen[5:10], seen[10:12]]
+
+
+def test_blocks_go_to_another_process(tmp_path: Path) -> None:
+    blocks = write(tmp_path / "b.arrow", [[5, 6], [7, 9]], [2, 1])
+    there = pickle.loads(pickle.dumps(blocks))  # as a DataLoader that spawns its workers does
+    assert there[1]["input_ids"].tolist() == [7, 9]
+    assert there[1]["tokens"] == 1
+    assert len(there) == 2
 
 
 @pytest.mark.parametrize(("processes", "size"), [(1, None), (1, 2), (2, None), (4, 1), (2, 3)])

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +13,13 @@ from corpora.errors import InputError, PilelineError
 from tasks import history, picture, report
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+def subset(**counts: Any) -> dict[str, Any]:
+    none = {"duplicates": 0, "rules": {}, "dropped": {}, "quarantined": {}}
+    return {"profile": "safe", "known": True, **none, **counts}
+
+
 ONE = {
     "lines": 10,
     "kept": 7,
@@ -23,9 +31,19 @@ ONE = {
     "blocks": 5,
     "length": 256,
     "padding": 76,
+    "duplicates": 1,
     "subsets": {
-        "A|b": {"documents": 4, "bytes": 3_000, "tokens": 1_000},
-        "c": {"documents": 3, "bytes": 380, "tokens": 190},
+        "A|b": subset(
+            read=6,
+            bytes_read=3_220,
+            documents=4,
+            bytes=3_000,
+            tokens=1_000,
+            duplicates=1,
+            rules={"newlines": {"documents": 3, "before": 500, "after": 490}},
+            dropped={"min_chars": {"documents": 2, "bytes": 210}},
+        ),
+        "c": subset(read=3, bytes_read=380, documents=3, bytes=380, tokens=190),
     },
 }
 NIGHT = history.Night(
@@ -52,7 +70,9 @@ def test_the_ledger_is_a_table_per_shard_and_in_total() -> None:
     assert "| **all** | 20 | 14 | 4 | 2 | 2,380 | 28 | 10 | 152 |\n" in page
     assert "- lines 20 = kept 14 + dropped 4 + quarantined 2\n" in page
     assert "- text tokens 2,380 + specials 28 = blocks 10 × length 256 − padding 152\n" in page
-    assert "| A\\|b | 8 | 6,000 | 2,000 | 84.0% | 3.00 |\n" in page
+    assert "| A\\|b | 8 | 2 | 6,000 | 2,000 | 84.0% | 3.00 |\n" in page
+    assert "| A\\|b | newlines | 6 | 1,000 | 980 |\n" in page
+    assert "| A\\|b | min\\_chars (dropped) | 4 | 420 | 0 |\n" in page
     assert "## Dropped, by rule\n\n| rule | documents |\n|---|--:|\n| min\\_chars | 4 |\n" in page
     assert "## Quarantined, by reason\n\n| reason | documents |\n|---|--:|\n| json | 2 |\n" in page
 
