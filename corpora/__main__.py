@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from corpora.parallel import cores, each
 from corpora.part import part_of
 from corpora.patience import Patience
 from corpora.prepare import MODEL, Prepared, beside, block_files, prepare
-from corpora.progress import Progress, emit, log_above_bars, say
+from corpora.progress import Progress, emit, log_above_bars, printable, say
 from corpora.receipts import Receipt, raw_path, read_receipt
 from corpora.settings import DEPLOYMENTS, Corpus, DataSettings, read_toml, recipe_path
 
@@ -74,9 +75,11 @@ def main() -> int:
     )
     step.add_argument("recipe", metavar="RECIPE")
     step.add_argument("--shard", help="default: the recipe's first")
-    step.add_argument("--documents", type=int, default=2000, help="look at so many (default: %(default)s)")
     step.add_argument(
-        "--examples", type=int, default=3, help="show so many for each rule (default: %(default)s)"
+        "--documents", type=_natural, default=2000, help="look at so many (default: %(default)s)"
+    )
+    step.add_argument(
+        "--examples", type=_natural, default=3, help="show so many for each rule (default: %(default)s)"
     )
 
     step = steps.add_parser(
@@ -107,7 +110,10 @@ def main() -> int:
     step.add_argument("folder", metavar="DIR", type=Path, help="any folder with prepared shards under it")
     step.add_argument("block", metavar="BLOCK", type=int, help="its number under DIR, from 0")
     step.add_argument(
-        "--characters", type=int, default=200, help="of each text, from both its ends (default: %(default)s)"
+        "--characters",
+        type=_natural,
+        default=200,
+        help="of each text, from both its ends (default: %(default)s)",
     )
 
     step = steps.add_parser("verify", help="hash fetched and prepared shards anew, and recount the blocks")
@@ -135,6 +141,12 @@ def main() -> int:
         "convert": _convert,
     }
     return run[arguments.pop("step")](**arguments)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return int(text)
 
 
 def _build_demo() -> int:
@@ -275,7 +287,7 @@ def _fetch(recipe: str, shard: list[str] | None, parallel: int, patience: float)
 def _sample(recipe: str, shard: str | None, documents: int, examples: int) -> int:
     settings = DataSettings.read(recipe)
     for line in sample.sample(settings, shard or settings.corpus.shards[0], data_root(), documents, examples):
-        print(line)
+        print(printable(line))
     return 0
 
 
@@ -344,13 +356,12 @@ def _stats(folder: Path) -> int:
 
 def _explain(folder: Path, block: int, characters: int) -> int:
     for line in explain.explain(verify.manifests(folder), block, characters):
-        print(line)
+        print(printable(line))
     return 0
 
 
 def _verify(folder: Path, deep: bool) -> int:
-    fetched, prepared = verify.fetched(folder), sorted(folder.rglob("manifest.json"))
-    prepared = [path for path in prepared if path.parent.parent.name != "tokenizers"]
+    fetched, prepared = verify.fetched(folder), verify.manifest_paths(folder)
     if not fetched and not prepared:
         raise InputError(f"{folder}: neither a fetched nor a prepared shard under it")
     faults = 0
@@ -368,6 +379,12 @@ def _convert(folder: Path, out: Path, format: blocks.Format) -> int:
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{out} lies inside {folder}; choose a folder outside it")
     found = verify.manifests(folder)
+    roots = {beside(Prepared(*one, skipped=True)): one[1]["made_from"]["blocks"]["format"] for one in found}
+    for root in roots:
+        if not root.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder} is one shard of {root}; convert that folder, which has what belongs to all"
+            )
     for path, manifest in found:
         target = out / path.parent.relative_to(folder)
         outputs = {}
@@ -387,10 +404,14 @@ def _convert(folder: Path, out: Path, format: blocks.Format) -> int:
             target / "manifest.json", {**manifest, "converted_from": manifest["outputs"], "outputs": outputs}
         )
         print(f"{target}: {', '.join(name for name in outputs if name.startswith('part-'))}")
-    for model in folder.rglob(MODEL):
-        if model.parent in {beside(Prepared(*one, skipped=True)) for one in found}:
-            with write_aside(out / model.relative_to(folder)) as aside:
-                shutil.copyfile(model, aside)
+    for root in roots:
+        for name in (MODEL, card.NAME):
+            if (root / name).is_file():
+                with write_aside(out / root.relative_to(folder) / name) as aside:
+                    text = (root / name).read_bytes()
+                    if name == card.NAME:  # the card says which files are which split
+                        text = re.sub(rb"part-\*\.(arrow|parquet)", b"part-*." + format.encode(), text)
+                    aside.write_bytes(text)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from corpora.progress import printable
+
 
 def text(ledger: dict[str, Any]) -> str:
     """Write a ledger for a terminal."""
@@ -25,7 +27,7 @@ def text(ledger: dict[str, Any]) -> str:
         ratio = counts["bytes"] / max(1, counts["tokens"])
         gone = (sum(one["documents"] for one in counts[key].values()) for key in ("dropped", "quarantined"))
         lines.append(
-            f"  {name:<28} {profile:<14} {counts['documents']:>10,} {counts['bytes'] / 1e6:>11.2f} "
+            f"  {printable(name):<28} {profile:<14} {counts['documents']:>10,} {counts['bytes'] / 1e6:>11.2f} "
             f"{counts['tokens']:>14,} {ratio:>12.2f} "
             + " ".join(f"{n:>{w},}" for n, w in zip(gone, (9, 11), strict=True))
         )
@@ -37,7 +39,7 @@ def text(ledger: dict[str, Any]) -> str:
         ]
     for name, rule, counts in changed:
         lines.append(
-            f"  {name:<28} {rule:<22} {counts['documents']:>10,} {counts['before']:>14,} {counts['after']:>14,}"
+            f"  {printable(name):<28} {rule:<22} {counts['documents']:>10,} {counts['before']:>14,} {counts['after']:>14,}"
         )
     return "\n".join(lines)
 

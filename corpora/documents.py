@@ -23,7 +23,7 @@ import pyarrow.ipc
 import xxhash
 import zstandard
 
-from corpora.blocks import HashingFile
+from corpora.blocks import HashingFile, numbers, strings
 from corpora.errors import InputError
 from corpora.files import sha256_file, write_aside
 from corpora.read import Line
@@ -94,19 +94,24 @@ class Table:
     def write(self, path: Path) -> str:
         """Write the table to a file and return its sha256; the caller writes aside."""
         columns = [
-            *(pa.array(np.array(self.numbers[f.name], np.uint64), f.type) for f in list(SCHEMA)[:5]),
+            *(numbers(np.array(self.numbers[f.name], np.uint64), f.type) for f in list(SCHEMA)[:5]),
             pa.DictionaryArray.from_arrays(
-                pa.array(np.array(self.subset, np.int32)), pa.array(list(self.subsets), pa.string())
+                numbers(np.array(self.subset), pa.int32()), strings(list(self.subsets))
             ),
             pa.Array.from_buffers(pa.binary(16), len(self), [None, pa.py_buffer(bytes(self.hashes))]),
-            pa.array(np.array(self.duplicate, np.bool_)),
-            pa.array(np.array(self.exact, np.bool_)),
+            _truths(self.duplicate),
+            _truths(self.exact),
         ]
         file = HashingFile(path)
         with pa.ipc.new_file(file, SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         file.close()
         return file.sha256.hexdigest()
+
+
+def _truths(values: "array[int]") -> pa.Array:
+    bits = np.packbits(np.array(values, np.bool_), bitorder="little")
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
 
 
 def read_table(path: Path) -> pa.Table:

@@ -37,6 +37,10 @@ def of_the_system(error: OSError) -> PilelineError:
     if error.errno in NO_SPACE:
         cure = "free some space, or set PILELINE_DATA and PILELINE_RUNS to a larger disk, then run again"
         return InputError(f"{where}no space left on the disk; {cure}")
+    if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+        return InputError(
+            f"{where}{error.strerror}; a file and a folder have changed places: remove what is wrong"
+        )
     return Unavailable(f"{where}{error.strerror or error}")
 
 

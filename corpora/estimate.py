@@ -9,6 +9,7 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,15 @@ def measure_speed(settings: DataSettings, data: Path) -> tuple[float, str]:
         batch.append(cleaned.text)
         text += len(cleaned.data)
         if len(batch) == 64:
-            encoder.encode_batch(batch)
-            batch.clear()
-    encoder.encode_batch(batch)
+            _encode(encoder, batch)
+    _encode(encoder, batch)
     return text / max(1e-9, time.process_time() - began), told
+
+
+def _encode(encoder: Encoder, batch: list[str]) -> None:
+    with suppress(tokenizer.Unencodable):  # `prepare` puts it into quarantine
+        encoder.encode_batch(batch)
+    batch.clear()
 
 
 def _sample(settings: DataSettings, data: Path) -> tuple[list[bytes], str]:

@@ -66,10 +66,15 @@ def write_aside(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final)
-    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
-    with aside.open("xb") as held:  # x: never through a link that lies in wait
+    while True:
+        aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+        held = aside.open("xb")  # x: never through a link that lies in wait
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if aside.exists():
+            break
+        held.close()  # another writer's sweep was here before the lock
+    with held:
         try:
             yield aside
             commit(aside, final)

@@ -5,7 +5,6 @@ function of its lines, the settings, the tokenizer and the version of the step, 
 engine that encodes, the number of workers, or what was there before.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from corpora import blocks, pack
 from corpora.clean import Cleaned, Cleaner
@@ -22,7 +22,7 @@ from corpora.encode import Encoder
 from corpora.errors import InputError, PilelineError
 from corpora.files import read_json, sha256_json, write_aside, write_json
 from corpora.formats import Shard
-from corpora.ledger import Changes, Ledger, Subset, check_laws
+from corpora.ledger import Changes, Ledger, Subset, broken_laws, check_laws
 from corpora.read import BadRecord, Line, Lines, parse_record
 from corpora.settings import Corpus, DataSettings
 from corpora.tokenizer import Ids, Tokenizer, Unencodable
@@ -33,7 +33,9 @@ BATCH_BYTES = 1 << 20  # of cleaned text, encoded at a time
 BATCH_DOCUMENTS = 512
 TEXT_PER_BYTE = 4  # of a compressed shard, about
 SMALL = 16_000_000  # bytes of text: less is encoded before a faster engine is loaded
+MOST_SUBSETS = 10_000  # in a part; more are no subsets
 _BOM = b"\xef\xbb\xbf"
+_PARTS_OF_A_RECORD = {"made_from", "part", "lines", "ends", "engine", "ledger", "outputs"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ def read_document(line: Line, corpus: Corpus, cleaner: Cleaner) -> Read | None:
     return Read(line, record.subset, size, changes, cleaned)
 
 
+_Waiting = tuple[Read, Subset, bytes, bool]  # a document to be encoded, its content hash, whether a duplicate
+
+
 class PartMaker:
     """Makes parts of one shard, in ascending order; what only has to be loaded once is kept."""
 
@@ -108,12 +113,7 @@ class PartMaker:
         done = find_record(self.job, number)
         if done is not None:
             return done
-        lines = self.shard.part(number, self.job.settings.blocks.part_bytes)
-        first = next(lines, None)
-        if first is None:
-            return None if self.shard.ended else {"ends": False}
-        work = _Part(self, number)
-        return work.make(itertools.chain([first], lines), first)
+        return _Part(self, number).make(self.shard.part(number, self.job.settings.blocks.part_bytes))
 
 
 def find_record(job: Job, number: int) -> dict[str, Any] | None:
@@ -123,9 +123,12 @@ def find_record(job: Job, number: int) -> dict[str, Any] | None:
         record = read_json(path)
     except InputError:  # missing, or torn by something else than us
         return None
-    if not isinstance(record, dict) or record.get("made_from") != job.digest:
+    try:
+        ours = record["made_from"] == job.digest and _PARTS_OF_A_RECORD <= record.keys()
+        sound = ours and not broken_laws(record["ledger"]) and is_whole(job.folder, record["outputs"])
+    except (KeyError, TypeError, AttributeError):  # of some other shape
         return None
-    return record if is_whole(job.folder, record["outputs"]) else None
+    return dict(record) if sound else None
 
 
 def is_whole(folder: Path, outputs: Outputs) -> bool:
@@ -150,7 +153,7 @@ class _Part:
         self.ledger = Ledger(self.length)
         self.table = Table()
         self.seen: set[bytes] = set()
-        self.pending: list[tuple[Read, Subset, bytes, bool]] = []
+        self.pending: list[_Waiting] = []
         self.pending_bytes = 0
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self.pad = tokenizer.eos if tokenizer.eos is not None else tokenizer.bos or 0
@@ -164,17 +167,21 @@ class _Part:
         self.stack = ExitStack()
         self.quarantine = Quarantine(self.job.folder, f"quarantine-{number:05}")
 
-    def make(self, lines: Iterator[Line], first: Line) -> dict[str, Any]:
+    def make(self, lines: Iterator[Line]) -> dict[str, Any] | None:
         shard, folder = self.maker.shard, self.job.folder
         self.maker.encoder.begin_part()
-        end = first.offset
+        first: Line | None = None
+        end = 0
         with self.stack, self.quarantine:
-            if isinstance(shard.lines, Lines):
+            if isinstance(shard.lines, Lines):  # before a line is read: the first may be one to spill
                 shard.lines.spill = self.quarantine.spill
             for line in lines:
+                first = first or line
                 self.ledger.lines += 1
                 self._take(line)
                 end = line.offset + line.size
+            if first is None:
+                return None if shard.ended else {"ends": False}
             self._encode()
             for rows in self.packer.finish():
                 self._write(rows)
@@ -228,6 +235,12 @@ class _Part:
     def _subset(self, name: str) -> Subset:
         subset = self.ledger.subsets.get(name)
         if subset is None:
+            if len(self.ledger.subsets) == MOST_SUBSETS:
+                field = self.job.settings.corpus.subset_field
+                raise InputError(
+                    f"{self.job.path}: its documents are of more than {MOST_SUBSETS:,} subsets; does [corpus] "
+                    f"subset_field = {field!r} name one?"
+                )
             cleaner = self.maker.cleaner
             subset = self.ledger.subsets[name] = Subset(cleaner.profile(name), cleaner.known(name))
         return subset
@@ -246,6 +259,8 @@ class _Part:
             raise PilelineError(
                 f"{encoder.engine} gave id {flat.max()} of {tokenizer.vocab_size}; please report this"
             )
+        if len(flat) == 0 or not lengths.all():
+            waiting, lengths = self._drop_empty(waiting, lengths)
         specials = tokenizer.specials_per_document
         head, tail = tokenizer.bos, tokenizer.eos
         ids = np.empty(len(flat) + specials * len(waiting), self.packer_dtype)
@@ -271,9 +286,18 @@ class _Part:
         for rows in self.packer.add(ids, [size + specials for size in sizes]):
             self._write(rows)
 
+    def _drop_empty(
+        self, waiting: list[_Waiting], lengths: npt.NDArray[np.int64]
+    ) -> tuple[list[_Waiting], npt.NDArray[np.int64]]:
+        """Drop documents of which a tokenizer makes no ids, such as NFKC's of a text of zero-width spaces."""
+        for (read, subset, *_), size in zip(waiting, lengths, strict=True):
+            if not size:
+                self.ledger.drop(subset, len(read.cleaned.data), "no_ids")
+        return [one for one, size in zip(waiting, lengths, strict=True) if size], lengths[lengths > 0]
+
     def _encode_one_by_one(
-        self, waiting: list[tuple[Read, Subset, bytes, bool]]
-    ) -> tuple[list[tuple[Read, Subset, bytes, bool]], Ids, Any]:
+        self, waiting: list[_Waiting]
+    ) -> tuple[list[_Waiting], Ids, npt.NDArray[np.int64]]:
         """Encode each document by itself, and put those that cannot be into quarantine."""
         kept, found = [], []
         for one in waiting:

@@ -19,7 +19,7 @@ from corpora.errors import InputError
 from corpora.fetch import verified
 from corpora.files import read_json, sha256_file, sha256_json, write_aside, write_json
 from corpora.formats import read_shard
-from corpora.ledger import Ledger, check_laws, total
+from corpora.ledger import Ledger, broken_laws, check_laws, total
 from corpora.make_part import Job, is_whole, read_document
 from corpora.pack import packer
 from corpora.read import BadRecord, suffix_of
@@ -100,22 +100,20 @@ def prepare(
     made["input"]["format"] = suffix_of(path.name)  # the same bytes under another name are read otherwise
 
     manifest_path = folder / "manifest.json"
+    job = Job(settings, path, folder, made, data)
     if manifest_path.exists():
         manifest = read_manifest(manifest_path)
         if manifest["made_from"] == made and is_whole(folder, manifest["outputs"]):
+            _check_quarantine(job, manifest["ledger"])
             return Prepared(manifest_path, manifest, skipped=True)
-        manifest_path.unlink()
+        manifest_path.unlink(missing_ok=True)
 
-    job = Job(settings, path, folder, made, data)
     records = make_parts(job, encoder, workers, progress or (lambda _: None))
     empty = [Ledger(settings.blocks.length).as_dict()]
     ledger = total([record["ledger"] for record in records] or empty)
     if not ledger["kept"]:
         raise InputError(_nothing_kept(path, ledger))
-    if sum(ledger["quarantined"].values()) > max(
-        ALWAYS_LET_PASS, settings.clean.quarantine_limit * ledger["lines"]
-    ):
-        raise InputError(too_many_bad(job, ledger, "the whole shard"))
+    _check_quarantine(job, ledger)
     outputs: Outputs = {}
     for record in records:
         outputs |= record["outputs"]
@@ -130,10 +128,16 @@ def prepare(
         "engines": dict(Counter(record["engine"] for record in records)),
     }
     check_laws(ledger, str(folder))
-    _keep_model(encoder, alike)
+    keep_model(encoder, alike)
     _remove_others(folder, records, outputs)
     write_json(manifest_path, manifest)
-    return Prepared(manifest_path, read_json(manifest_path), skipped=False)
+    return Prepared(manifest_path, manifest, skipped=False)
+
+
+def _check_quarantine(job: Job, ledger: dict[str, Any]) -> None:
+    limit = job.settings.clean.quarantine_limit * ledger["lines"]
+    if sum(ledger["quarantined"].values()) > max(ALWAYS_LET_PASS, limit):
+        raise InputError(too_many_bad(job, ledger, "the whole shard"))
 
 
 def beside(done: Prepared) -> Path:
@@ -164,8 +168,8 @@ def tokenizer_of(manifest_path: Path, manifest: dict[str, Any]) -> tokenizer.Tok
     return encoder
 
 
-def _keep_model(encoder: tokenizer.Tokenizer, folder: Path) -> None:
-    """Lay a SentencePiece model beside the blocks that it made, so that they can be decoded wherever they go."""
+def keep_model(encoder: tokenizer.Tokenizer, folder: Path) -> None:
+    """Lay a SentencePiece model into a folder beside what it made: blocks or a run, which it has to go with."""
     if isinstance(encoder, tokenizer.SentencePieceTokenizer):
         kept = folder / MODEL
         if not kept.is_file() or sha256_file(kept) != sha256_file(encoder.path):
@@ -175,7 +179,7 @@ def _keep_model(encoder: tokenizer.Tokenizer, folder: Path) -> None:
 
 def _remove_others(folder: Path, records: list[dict[str, Any]], outputs: Outputs) -> None:
     """Remove what an earlier input left in the folder."""
-    own = {*outputs, *(f"part-{record['part']:05}.json" for record in records)}
+    own = {"manifest.json", *outputs, *(f"part-{record['part']:05}.json" for record in records)}
     for path in folder.iterdir():
         if path.is_file() and path.name not in own and not path.name.startswith("."):
             path.unlink()
@@ -221,12 +225,24 @@ def find_manifest(
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a prepared shard's manifest.  Raises InputError for one that is missing, torn or none of ours."""
     manifest = read_json(path)
-    parts = (
-        [manifest.get(key) for key in ("made_from", "ledger", "outputs")]
-        if isinstance(manifest, dict)
-        else []
-    )
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    try:
+        step = manifest["made_from"]["step"]
+        sound = (
+            isinstance(broken_laws(manifest["ledger"]), list)
+            and all({"size", "sha256"} <= output.keys() for output in manifest["outputs"].values())
+            and all(
+                {"part", "first", "count", "from", "to", "blocks"} <= part.keys()
+                for part in manifest["parts"]
+            )
+            and {"input", "tokenizer", "blocks"} <= manifest["made_from"].keys()
+        )
+    except (KeyError, TypeError, AttributeError):
+        step, sound = None, False
+    if isinstance(step, str) and step != PREPARE_VERSION:
+        raise InputError(
+            f"{path}: made by {step}, this is {PREPARE_VERSION}; prepare the shard again, and delete the old folder"
+        )
+    if not sound:
         raise InputError(
             f"{path}: is not the manifest of a prepared shard; delete it and prepare the shard again"
         )

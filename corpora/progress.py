@@ -27,6 +27,11 @@ def say(line: str, file: TextIO | None = None) -> None:
     (file or sys.stdout).flush()
 
 
+def printable(text: str) -> str:
+    """Return a line with what a terminal would obey, rather than show, escaped: names come from the data."""
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
 class _AboveBars(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record), sys.stderr)

@@ -20,7 +20,7 @@ import zstandard
 from corpora.errors import InputError
 from corpora.settings import Corpus
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17  # larger ones leave the processor cache
 SLACK = 256 << 20  # text that any compressed file may hold, however small it is
 UNKNOWN_SUBSET = "unknown"
 

@@ -7,7 +7,7 @@ A recipe is a TOML file in deployments/ (or anywhere).  This module owns the tab
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -289,9 +289,11 @@ def explain(cls: type[BaseModel], error: ValidationError) -> str:
         if fault["type"] == "extra_forbidden":
             owner: Any = cls
             for table in tables:
-                field = owner.model_fields.get(table)
+                field = getattr(owner, "model_fields", {}).get(table)
                 owner = field.annotation if field else None
-            known = ", ".join(owner.model_fields) if owner else "none"
+                # A table that may be left out: Table | None.
+                owner = next((kind for kind in get_args(owner) if kind is not type(None)), owner)
+            known = ", ".join(getattr(owner, "model_fields", {})) or "none"
             faults.append(f"{where}: unknown key (known: {known})")
         elif fault["type"] == "missing":
             faults.append(f"{where}: missing")

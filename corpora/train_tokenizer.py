@@ -97,7 +97,7 @@ def train(settings: DataSettings, data: Path, progress: Progress | None = None) 
     names = settings.corpus.train
     for number, name in enumerate(names):
         share = wanted.bytes * (number + 1) // len(names) - wanted.bytes * number // len(names)
-        found = take(settings, name, data, share, progress or (lambda _: None))
+        found = take(settings, name, data, share, progress or (lambda _: None)) if share else []
         texts += found
         shares[name] = {"documents": len(found), "bytes": sum(map(len, found))}
     if not texts:

@@ -1,5 +1,6 @@
 """Prove what is on disk: hashes of shards and blocks, the ledger's laws, counts made anew from the blocks."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from corpora.files import sha256_file
 from corpora.ledger import broken_laws
 from corpora.pack import Numbers
 from corpora.prepare import block_files, read_manifest, tokenizer_of
-from corpora.read import suffix_of
+from corpora.read import Lines, open_bytes, suffix_of
 from corpora.receipts import RECEIPT, read_receipt
 from corpora.tokenizer import Tokenizer
 
@@ -25,10 +26,15 @@ SAMPLE = 64  # documents of a part that are decoded, unless all are
 
 def manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return the path and content of every manifest under a folder, sorted.  Raises InputError for none."""
-    found = sorted(folder.rglob("manifest.json"))
+    found = manifest_paths(folder)
     if not found:
         raise InputError(f"{folder}: no manifest.json under it, so no shard is prepared there")
     return [(path, read_manifest(path)) for path in found]
+
+
+def manifest_paths(folder: Path) -> list[Path]:
+    """Return the paths of all manifests of shards under a folder, sorted; trained tokenizers have others."""
+    return sorted(path for path in folder.rglob("manifest.json") if path.parent.parent.name != "tokenizers")
 
 
 def fetched(folder: Path) -> list[Path]:
@@ -64,7 +70,7 @@ def faults(path: Path, deep: bool = False) -> Iterator[str]:
     """Yield every fault of a prepared shard, given its manifest's path; each in one line.
 
     Hashes, laws, rows, segments and counts are made anew; a sample of the documents, or all with `deep`, is
-    decoded and compared with the hash of its cleaned text.
+    decoded and compared with the hash of its cleaned text; with `deep` encoded again, too.
     """
     try:
         manifest = read_manifest(path)
@@ -78,7 +84,9 @@ def faults(path: Path, deep: bool = False) -> Iterator[str]:
             yield f"{file}: missing"
             damaged = True
         elif (got := sha256_file(file)) != output["sha256"]:
-            yield f"{file}: sha256 is {got}, the manifest says {output['sha256']}"
+            yield (
+                f"{file}: sha256 is {got}, the manifest says {output['sha256']}; delete it and prepare the shard again"
+            )
             damaged = True
     yield from (f"{path}: {law}" for law in broken_laws(manifest["ledger"]))
     if not damaged:
@@ -105,8 +113,13 @@ def _recount(path: Path, manifest: dict[str, Any], deep: bool) -> Iterator[str]:
         encoder = None
     counts = _Counts()
     lines = 0
+    yield from _strangers(path, manifest)
+    quarantined: Counter[str] = Counter()
     for part in manifest["parts"]:
+        if part["first"] != lines + 1:
+            yield f"part {part['part']} begins with line {part['first']}, the parts before it have {lines}"
         lines += part["count"]
+        yield from (f"part {part['part']}: {fault}" for fault in _count_quarantine(path, part, quarantined))
         yield from (
             f"part {part['part']}: {fault}"
             for fault in _check_part(path, manifest, part, counts, encoder, deep)
@@ -129,11 +142,37 @@ def _recount(path: Path, manifest: dict[str, Any], deep: bool) -> Iterator[str]:
                 f"special id {special} occurs {counts.specials[special]} times, {ledger['kept']} documents want "
                 f"{ends * ledger['kept']}"
             )
+    if quarantined != Counter(ledger["quarantined"]):
+        yield f"the quarantine holds {dict(quarantined)}, the ledger says {ledger['quarantined']}"
     for name in {*counts.subsets, *(n for n, subset in ledger["subsets"].items() if subset["documents"])}:
         found, told = counts.subsets.get(name, Counter()), ledger["subsets"].get(name, {})
         for key in ("documents", "bytes", "tokens", "duplicates"):
             if found[key] != told.get(key, 0):
                 yield f"{name}: {found[key]} {key}, the ledger says {told.get(key, 0)}"
+
+
+def _strangers(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield block files that the manifest does not name, and files that it should name."""
+    for file in sorted([*path.parent.glob("part-*.arrow"), *path.parent.glob("part-*.parquet")]):
+        if file.name not in manifest["outputs"]:
+            yield f"{file.name} is not in the manifest, but would be read with the others; delete it"
+    for part in manifest["parts"]:
+        documents = f"documents-{part['part']:05}.arrow"
+        if part["blocks"] and documents not in manifest["outputs"]:
+            yield f"{documents} is not in the manifest; prepare the shard again"
+
+
+def _count_quarantine(path: Path, part: dict[str, Any], quarantined: Counter[str]) -> Iterator[str]:
+    """Count a part's quarantined lines by reason, and compare the index with the lines that are there."""
+    index = path.parent / f"quarantine-{part['part']:05}.index.jsonl"
+    if not index.is_file():
+        return
+    told = [json.loads(line) for line in index.read_bytes().splitlines()]
+    quarantined.update(one["reason"] for one in told)
+    with open_bytes(path.parent / f"quarantine-{part['part']:05}.jsonl.zst") as file:
+        rows = sum(1 for _ in Lines(file, 1 << 20))
+    if rows != sum(one["row"] is not None for one in told):
+        yield f"the quarantine has {rows} lines, its index says otherwise"
 
 
 def _check_part(
@@ -151,6 +190,12 @@ def _check_part(
     if not part["blocks"]:
         return
     blocks = Blocks([path.parent / name])
+    if blocks.metadata | {"padding": None} != {
+        **manifest["made_from"],
+        "part": part["part"],
+        "padding": None,
+    }:
+        yield "its blocks say that they were made from something else than the manifest does"
     table = read_table(path.parent / f"documents-{part['part']:05}.arrow")
     ids, tokens = blocks.rows(range(len(blocks)))
     real = np.arange(blocks.length) < tokens[:, None]
@@ -185,7 +230,12 @@ def _check_part(
     ):
         yield "the segments do not hold every document once, from its first id to its last"
         return
-    if not np.array_equal(table["line"].to_numpy()[pieces.document], pieces.line):
+    line = table["line"].to_numpy()
+    if not (
+        part["first"] <= line[0] and line[-1] < part["first"] + part["count"] and (np.diff(line) > 0).all()
+    ):
+        yield "its documents are not of the lines that the manifest says"
+    if not np.array_equal(line[pieces.document], pieces.line):
         yield "the lines of the segments are not those of the documents file"
     if encoder is None or int(ids.max()) >= encoder.vocab_size:
         return
@@ -199,10 +249,11 @@ def _check_part(
         own = range(first[number], first[number + 1])
         whole = np.concatenate([flat[places[n] : places[n] + length[n]] for n in own])
         text = whole[made["bos"] is not None : len(whole) - (made["eos"] is not None)]
-        if content_hash(encoder.decode_bytes(text.tolist())) != hashes[number].as_py():
-            yield (
-                f"document {number} (line {table['line'][number].as_py()}) does not decode to the text that was cleaned"
-            )
+        decoded = encoder.decode_bytes(text.tolist())
+        if content_hash(decoded) != hashes[number].as_py():
+            yield f"document {number} (line {line[number]}) does not decode to the text that was cleaned"
+        elif deep and not np.array_equal(encoder.encode(decoded.decode()), text):
+            yield f"document {number} (line {line[number]}) has other ids than {encoder.library} gives"
 
 
 @dataclass(frozen=True)

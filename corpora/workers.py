@@ -7,6 +7,7 @@ them together have no more workers than places: files that are locked while a wo
 
 import fcntl
 import itertools
+import logging
 import multiprocessing
 import signal
 import time
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from corpora.errors import InputError, PilelineError, Unavailable
-from corpora.make_part import Job, PartMaker, find_record
+from corpora.make_part import SMALL, Job, PartMaker, find_record
 from corpora.tokenizer import Tokenizer, for_recipe
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Progress = Callable[[int], None]
@@ -34,7 +37,8 @@ def make_parts(job: Job, tokenizer: Tokenizer, workers: int, progress: Progress)
     damaged, or most of which is no document.
     """
     with _Places(job.data / ".workers", workers) as places:
-        if min(workers, _parts_about(job)) == 1:
+        # A small shard is not worth a process; a larger one is, where others are made beside it.
+        if workers == 1 or (_parts_about(job) == 1 and job.text_about < SMALL):
             places.wait()
             records = _make_here(job, tokenizer, progress)
         else:
@@ -63,9 +67,9 @@ def _parts_about(job: Job) -> int:
 
 
 def _check_hopeless(job: Job, record: Record) -> None:
-    """Stop a shard at the first part that is mostly no documents: a wrong field or format, not a bad line."""
+    """Stop a shard whose first part is mostly no documents: a wrong field or format, not some bad lines."""
     ledger = record.get("ledger")
-    if ledger is None:
+    if ledger is None or record["part"] != 0:
         return
     bad, limit = sum(ledger["quarantined"].values()), job.settings.clean.quarantine_limit
     if bad > max(ALWAYS_LET_PASS, ledger["lines"] * max(limit, 0.5)):
@@ -114,7 +118,11 @@ class _Places:
 
     def wait(self) -> IO[bytes]:
         """Return a place as soon as there is one."""
+        told = False
         while (place := self.take()) is None:
+            if not told:
+                log.warning("other shards take all %d places for workers; this one waits", self.count)
+                told = True
             time.sleep(0.1)
         return place
 
@@ -199,7 +207,13 @@ class _Pool:
     def _start(self, place: IO[bytes], number: int) -> None:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_work, args=(self.job, theirs), daemon=True)
-        process.start()
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # it inherits this, until it can ignore it
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.workers[ours] = _Worker(process, ours, place, number)
         ours.send(number)
@@ -252,6 +266,7 @@ def _died(job: Job, worker: _Worker) -> Unavailable:
 def _work(job: Job, connection: Connection) -> None:
     """Make the parts that are asked for, until none is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with _told_to(connection):
         tokenizer = for_recipe(job.settings, job.data)
         if tokenizer.fingerprint != job.made["tokenizer"]["sha256"]:

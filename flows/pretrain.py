@@ -72,13 +72,12 @@ def pretrain(
         run = begin(name, settings, settings.toml())
         names = corpus.shards
         fetched = fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": names})
-        learned = []
         if settings.tokenizer.train is not None:
-            learned = [fetcher.submit(train_tokenizer, {"run": run, "fetched": fetched[: len(corpus.train)]})]
+            every_shard(names, fetched)
+            train_tokenizer(run)
         prepared = runner.map(
             prepare,
             {"run": unmapped(run), "shard": names, "fetched": fetched, "workers": unmapped(workers)},
-            wait_for=learned,
         )
         shards_done = every_shard(names, fetched, prepared)
     report.ledger(run, settings, shards_done)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from corpora.errors import InputError
 from corpora.files import data_root
-from corpora.prepare import blocks_fingerprint, open_blocks
+from corpora.prepare import blocks_fingerprint, keep_model, open_blocks
 from corpora.tokenizer import Tokenizer, for_recipe
 from models import checkpoint, data, device, score
 from models.checkpoint import OPTIMIZER, WEIGHTS, Scores, State
@@ -94,6 +94,8 @@ class Trainer:
             )
         self.dtype = device.choose_dtype(train.dtype, processes.device)
         self.tokenizer: Tokenizer = for_recipe(settings, data_root())
+        if processes.rank == 0:
+            keep_model(self.tokenizer, run)
         self.blocks = open_blocks(settings, corpus.train, data_root())
         self.held_out = open_blocks(settings, corpus.val, data_root())
         for blocks in (self.blocks, self.held_out):

@@ -8,6 +8,7 @@ import torch
 from corpora import tokenizer
 from corpora.errors import InputError
 from corpora.files import data_root
+from corpora.prepare import MODEL
 from models import checkpoint, device
 from models.checkpoint import WEIGHTS, State
 from models.decoder import Decoder
@@ -41,7 +42,11 @@ def open_run(run: Path, wanted: device.Device = "auto") -> Trained:
         raise InputError(f"{run} has no checkpoint yet; run: python -m models train {run}")
     state = checkpoint.read_state(newest)
     checkpoint.check_belongs(newest, state, settings)
-    encoder = tokenizer.for_recipe(settings, data_root())
+    kept = run / MODEL
+    if kept.is_file():  # so a run outlives its corpus
+        encoder = tokenizer.load(settings.tokenizer, kept)
+    else:
+        encoder = tokenizer.for_recipe(settings, data_root())
     if encoder.fingerprint != state.tokenizer:
         raise InputError(
             f"{newest} was trained with another tokenizer (fingerprint {state.tokenizer[:8]}, the recipe's now has "

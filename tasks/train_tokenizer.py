@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
     cache_policy=NO_CACHE,  # its manifest, written last, is the record of what is done
     tags=["prepare"],
 )
-def train_tokenizer(run: Path, fetched: list[str]) -> str:
-    """Train a SentencePiece model on the cleaned train shards; `fetched` are the arrows from `fetch`."""
+def train_tokenizer(run: Path) -> str:
+    """Train a SentencePiece model on the cleaned train shards, which are fetched."""
     ring = Ring(artifact_key(run.name, "tokenizer"), "train tokenizer")
     trained = child.run(
         child.python("corpora", "train-tokenizer", run / "recipe.toml", "--events"), ring.listen

@@ -21,7 +21,7 @@ from corpora import blocks, card
 from corpora.files import write_json
 from corpora.ledger import broken_laws
 from corpora.pack import Rows
-from corpora.prepare import beside, prepare
+from corpora.prepare import PREPARE_VERSION, beside, prepare
 from corpora.settings import DataSettings
 
 Tiny = Callable[..., tuple[DataSettings, Path]]
@@ -79,13 +79,14 @@ def manifest(
         "clean": {"profiles": {"safe": ["newlines/2"], "raw": []}, "min_chars": 5, "duplicates": "tag"},
         "blocks": {"length": 4, "format": kind, "packer": "concat"},
         "packer": "concat/2",
+        "step": PREPARE_VERSION,
         "input": {"corpus": "mine", "shard": shard, "sha256": shard.encode().hex().ljust(64, "0")},
     }
     outputs = {
         f"part-00000.{kind}": {"size": 1, "sha256": ""},
         "documents-00000.arrow": {"size": 1, "sha256": ""},
     }
-    return {"made_from": made, "ledger": ledger, "outputs": outputs}
+    return {"made_from": made, "ledger": ledger, "outputs": outputs, "parts": []}
 
 
 def front(text: str) -> dict[str, Any]:

@@ -136,8 +136,20 @@ def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
     assert run("prepare", recipe).stdout.count("(up to date)") == 2
 
     stats = run("stats", str(tmp_path / "data")).stdout
+    assert ": 2 shards, encoded by tiktoken 0.14.0 (2 parts)\n" in stats
     assert "41 = 21 kept + 0 dropped + 20 quarantined" in stats
     assert "20 invalid JSON" in stats
+    (card,) = (tmp_path / "data").rglob("README.md")
+    assert "21" in card.read_text()
+
+    explained = run("explain", str(tmp_path / "data"), "1")
+    assert explained.stdout.startswith("block 1: row 1 of ") and "  | hello world\n" in explained.stdout
+    assert run("explain", str(tmp_path / "data"), "999").stderr.startswith(
+        "error: block 999: there are 11 here"
+    )
+
+    sampled = run("sample", recipe, "--documents", "5")
+    assert sampled.returncode == 0 and "invalid JSON" in sampled.stdout
 
     verified = run("verify", str(tmp_path / "data"))
     assert (
@@ -154,6 +166,24 @@ def test_every_step_in_order(run: Run, recipe: str, tmp_path: Path) -> None:
         "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
     )
     assert rows[0]["input_ids"] == [50256, 31373, 995, 50256] * 2
+
+    (root,) = (out / "tiny" / "blocks").iterdir()
+    splits = datasets.load_dataset(str(root), cache_dir=str(tmp_path / "cache"))
+    assert {name: split.num_rows for name, split in splits.items()} == {"train": 10, "validation": 1}
+    (shard,) = (path.parent for path in (tmp_path / "data").rglob("a/manifest.json"))
+    refused = run("convert", str(shard), str(tmp_path / "other"))
+    assert refused.returncode == 2 and "is one shard of" in refused.stderr
+
+    # A trained tokenizer has a manifest of its own, which is not a shard's.
+    other = tmp_path / "data" / "tiny" / "tokenizers" / "bpe-1" / "manifest.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    for step in ("stats", "verify"):
+        assert run(step, str(tmp_path / "data")).returncode == 0
+    (folder := tmp_path / "data" / "x" / "manifest.json").mkdir(parents=True)
+    refused = run("stats", str(folder.parent))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    folder.rmdir()
 
     part = next((tmp_path / "data").rglob("part-00000.arrow"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
@@ -184,6 +214,8 @@ def test_events_are_json_lines(run: Run, recipe: str) -> None:
         ),
         (["prepare", "demo"], "error: "),
         (["stats", "{data}/none"], "no manifest.json under it"),
+        (["prepare", "{recipe}", "--workers", "0"], "--workers is a number above 0"),
+        (["train-tokenizer", "{recipe}"], "has no [tokenizer.train]"),
         (["convert", "{data}", "{data}/inside"], "lies inside"),
     ],
 )

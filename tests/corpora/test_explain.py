@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from corpora import verify
+from corpora.encode import Encoder
 from corpora.errors import InputError
 from corpora.explain import explain
 from corpora.files import sha256_file
@@ -170,3 +172,58 @@ def test_a_sample_is_decoded_without_deep(tiny: Tiny, monkeypatch: pytest.Monkey
     rewritten(done, "part-00000.arrow", lambda columns: columns["input_ids"][0].__setitem__(6, 11))
     assert any("document 1 " in fault for fault in verify.faults(done.manifest_path, deep=True))
     assert list(verify.faults(done.manifest_path)) == []  # documents 0 and 2 are its sample of four
+
+
+def manifest_changed(done: Prepared, change: Callable[[Any], object]) -> list[str]:
+    manifest = json.loads(done.manifest_path.read_text())
+    change(manifest)
+    done.manifest_path.write_text(json.dumps(manifest))
+    return list(verify.faults(done.manifest_path))
+
+
+def test_the_manifest_is_held_against_the_files(tiny: Tiny) -> None:
+    lines = LINES + b"\n{broken\n{broken"
+    for change, fault in (
+        (lambda m: m["made_from"]["input"].update(sha256="0" * 64), "made from something else"),
+        (lambda m: m["made_from"]["clean"].update(min_chars=7), "made from something else"),
+        (lambda m: m["parts"][0].update(first=2), "begins with line 2, the parts before it have 0"),
+        (
+            lambda m: m["outputs"].pop("documents-00000.arrow"),
+            r"documents-00000\.arrow is not in the manifest",
+        ),
+        (
+            lambda m: m["ledger"].update(
+                quarantined={"invalid JSON": 1}, dropped={"blank_line": 1, "empty": 2}
+            ),
+            "the quarantine holds {'invalid JSON': 2}, the ledger says {'invalid JSON': 1}",
+        ),
+    ):
+        settings, data = tiny(lines)
+        done = prepare(settings, "a", data)
+        assert list(verify.faults(done.manifest_path)) == []
+        found = "\n".join(manifest_changed(done, change))
+        assert re.search(fault, found), found
+        done.manifest_path.unlink()
+
+
+def test_a_block_file_that_nobody_made_is_found(tiny: Tiny) -> None:
+    done = prepared(tiny)
+    folder = done.manifest_path.parent
+    (folder / "part-00009.arrow").write_bytes((folder / "part-00000.arrow").read_bytes())
+    (fault,) = verify.faults(done.manifest_path)
+    assert "part-00009.arrow is not in the manifest, but would be read with the others" in fault
+
+
+def test_deep_encodes_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids that decode to the right text are not yet those of the tokenizer: an engine may be wrong after its probe."""
+
+    def bytewise(self: Encoder, texts: list[str]) -> Any:
+        parts = [np.concatenate([self.tokenizer.encode(c) for c in text]) for text in texts]
+        return np.concatenate(parts), np.array([len(part) for part in parts])
+
+    monkeypatch.setattr(Encoder, "encode_batch", bytewise)
+    done = prepared(tiny)
+    assert list(verify.faults(done.manifest_path)) == []
+    found = list(verify.faults(done.manifest_path, deep=True))
+    assert len(found) == 3  # the document "x" has but one byte
+    assert all("has other ids than tiktoken 0.14.0 gives" in fault for fault in found)

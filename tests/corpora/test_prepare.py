@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from corpora import make_part, tokenizer, verify
 from corpora import prepare as step
-from corpora import tokenizer, verify
 from corpora.documents import read_table
 from corpora.errors import InputError
 from corpora.files import read_json, write_json
 from corpora.ledger import broken_laws, total
-from corpora.prepare import blocks_fingerprint, documents, open_blocks, prepare
+from corpora.prepare import blocks_fingerprint, documents, find_manifest, open_blocks, prepare
 from corpora.read import open_bytes
 from corpora.settings import DataSettings
 from corpora.workers import _Places
@@ -602,3 +604,120 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     left_behind.touch()
     write_json(tmp_path / "x.json", {})
     assert not left_behind.exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_line_too_long_is_kept_wherever_it_stands(tiny: Tiny, workers: int) -> None:
+    """First of the shard, first of a part, over several parts, last and without a newline."""
+    good = [json.dumps({"text": f"{n} " * 60}).encode() for n in range(40)]
+    long = [json.dumps({"text": f"{n}" * size}).encode() for n, size in enumerate((700, 3000, 5000, 800))]
+    lines = [
+        long[0],
+        *good[:5],
+        b"not json",
+        *good[5:12],
+        long[1],
+        *good[12:30],
+        long[2],
+        *good[30:],
+        long[3],
+    ]
+    settings, data = tiny(b"\n".join(lines), corpus={"max_record_bytes": 600}, blocks={"part_bytes": 1024})
+    done = prepare(settings, "a", data, workers=workers)
+    assert done.manifest["ledger"]["quarantined"] == {"line too long": 4, "invalid JSON": 1}
+    bad = [unpack(path) for path in sorted(done.manifest_path.parent.glob("quarantine-*.jsonl.zst"))]
+    assert b"".join(bad) == b"".join(
+        line + b"\n" for line in (long[0], b"not json", long[1], long[2], long[3])
+    )
+    assert list(verify.faults(done.manifest_path, deep=True)) == []
+
+
+def test_two_at_once_do_not_disturb_each_other(tiny: Tiny) -> None:
+    settings, data = tiny(numbered(60), blocks={"part_bytes": 4096})
+    once = prepare(settings, "a", data)
+    before = tree(data / "tiny" / "blocks")
+    barrier = threading.Barrier(4)
+
+    def run(_: int) -> dict[str, Any]:
+        barrier.wait()
+        found = []
+        for _ in range(10):
+            found.append(prepare(settings, "a", data, workers=4).manifest)
+            assert find_manifest(settings, "a", data)[1] == once.manifest
+            (once.manifest_path.parent / "part-00001.json").unlink(missing_ok=True)
+        return found[-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [once.manifest] * 4
+    once.manifest_path.unlink()
+    assert prepare(settings, "a", data).manifest == once.manifest
+    assert tree(data / "tiny" / "blocks") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["ledger"].pop("duplicates"),
+        lambda manifest: manifest.pop("parts"),
+        lambda manifest: manifest["outputs"].update({"part-00000.arrow": 5}),
+        lambda manifest: manifest["made_from"].pop("tokenizer"),
+        lambda manifest: manifest["made_from"].update(step="prepare/1"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_line(tiny: Tiny, change: Callable[[Any], None]) -> None:
+    settings, data = tiny(LINES)
+    done = prepare(settings, "a", data)
+    manifest = json.loads(done.manifest_path.read_text())
+    change(manifest)
+    done.manifest_path.write_text(json.dumps(manifest))
+    (fault,) = verify.faults(done.manifest_path)
+    assert re.search(r"delete it and prepare|made by prepare/1, this is prepare/2; prepare the shard", fault)
+
+
+@pytest.mark.parametrize(
+    "record", ["{", "[]", "{}", '{"made_from": "DIGEST"}', '{"made_from": "DIGEST", "ends": 1}']
+)
+def test_a_record_of_another_shape_does_not_count(tiny: Tiny, record: str) -> None:
+    settings, data = tiny(LINES)
+    done = prepare(settings, "a", data)
+    path = done.manifest_path.with_name("part-00000.json")
+    whole = path.read_bytes()
+    path.write_text(record.replace("DIGEST", json.loads(whole)["made_from"]))
+    done.manifest_path.unlink()
+    assert prepare(settings, "a", data).manifest == done.manifest
+    assert path.read_bytes() == whole
+
+
+def test_a_text_of_which_no_ids_are_made_is_dropped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tokenizer.TiktokenTokenizer._encode
+    monkeypatch.setattr(
+        tokenizer.TiktokenTokenizer, "_encode", lambda self, text: whole(self, text.replace("\u200b", ""))
+    )
+    texts = ["one", "\u200b", "two"]
+    lines = b"\n".join(json.dumps({"text": text}).encode() for text in texts)
+    for changes in ({}, {"tokenizer": {"bos": None, "eos": None}, "blocks": {"packer": "best_fit"}}):
+        settings, data = tiny(lines, **changes)
+        done = prepare(settings, "a", data)
+        assert (done.manifest["ledger"]["kept"], done.manifest["ledger"]["dropped"]) == (2, {"no_ids": 1})
+        assert list(verify.faults(done.manifest_path, deep=True)) == []
+
+
+def test_subsets_that_are_none_are_noticed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_part, "MOST_SUBSETS", 3)
+    lines = [json.dumps({"text": "x", "meta": {"pile_set_name": f"https://{n}"}}) for n in range(4)]
+    settings, data = tiny("\n".join(lines[:3]).encode())
+    assert prepare(settings, "a", data).manifest["ledger"]["kept"] == 3
+    settings, data = tiny("\n".join(lines).encode())
+    with pytest.raises(
+        InputError, match=r"more than 3 subsets; does .* subset_field = 'meta.pile_set_name' name"
+    ):
+        prepare(settings, "a", data)
+
+
+def test_a_lower_limit_is_held_against_what_is_done(tiny: Tiny) -> None:
+    lines = b"\n".join([b'{"text": "fine"}'] * 100 + [b"{"] * 20)
+    settings, data = tiny(lines, clean={"quarantine_limit": 0.5})
+    assert not prepare(settings, "a", data).skipped
+    stricter, _ = tiny(lines, clean={"quarantine_limit": 0.1})
+    with pytest.raises(InputError, match="20 of 120 lines"):
+        prepare(stricter, "a", data)

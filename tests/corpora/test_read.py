@@ -1,6 +1,7 @@
 """Bytes to records: every way a shard can end, and every way a line can be no document."""
 
 import gzip
+import io
 import json
 import random
 import tracemalloc
@@ -14,8 +15,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from corpora import read
 from corpora.errors import InputError
-from corpora.read import BadRecord, Line, Lines, ZstdFile, open_bytes, parse_record, suffix_of
+from corpora.read import BadRecord, Limits, Line, Lines, ZstdFile, open_bytes, parse_record, suffix_of
 from corpora.settings import Corpus
 
 CORPUS = Corpus(name="tiny", train=("a",), val=("b",))
@@ -297,3 +299,73 @@ def test_the_fields_are_settings() -> None:
     corpus = Corpus(name="x", train=("a",), val=("b",), text_field="content", subset_field="source")
     record = parse_record(json.dumps({"content": "hi", "source": "web"}).encode(), corpus)
     assert (record.text, record.subset) == ("hi", "web")
+
+
+def frame_with_window(data: bytes, window_log: int) -> bytes:
+    """Compress as `zstd --long` does: streamed, so that the frame asks for the whole window."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+def test_a_long_window_is_read_where_the_recipe_allows_it(tmp_path: Path) -> None:
+    path = tmp_path / "long.zst"
+    path.write_bytes(frame_with_window(b"one\ntwo\n", 28))
+    with open_bytes(path) as file, pytest.raises(InputError, match=r"134,217,728 bytes.*max_window_bytes"):
+        file.read()
+    with open_bytes(path, limits=Limits(window=1 << 28)) as file:
+        assert file.read() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("name", ["bomb.zst", "bomb.gz"])
+def test_a_file_that_grows_out_of_all_proportion_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "SLACK", 1 << 20)
+    data = b"x\n" * (8 << 20)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else compress(data))
+    ratio = len(data) / path.stat().st_size
+    with open_bytes(path) as file, pytest.raises(InputError, match=r"bomb\? .*max_expansion above 200"):
+        while file.read(1 << 20):
+            pass
+    with open_bytes(path, limits=Limits(expansion=int(ratio) + 1)) as file:
+        assert file.read() == data
+
+
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda data: data.replace(b"\n", b"")), max_size=30),
+    ends=st.booleans(),
+    offset=st.integers(0, 600),
+    buffer=st.integers(1, 70),
+)
+def test_skipping_leads_to_the_first_line_from_there_on(
+    tmp_path: Path, lines: list[bytes], ends: bool, offset: int, buffer: int
+) -> None:
+    data = b"\n".join(lines) + b"\n" * ends
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+
+    def from_line(start: int) -> list[Line]:
+        with io.BufferedReader(io.FileIO(path), buffer) as file:
+            reader = Lines(file, 1000)
+            reader.skip_to(start)
+            return list(reader)
+
+    assert from_line(offset) == [line for line in from_line(0) if line.offset >= offset]
+
+
+def test_a_line_too_long_is_spilled_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    long = incompressible(3_000_000).replace(b"\n", b"")
+    path.write_bytes(b"short\n" + long + b"\nagain\n" + long)
+    spilled: list[bytes] = []
+    with open_bytes(path) as file:
+        reader = Lines(file, 1000)
+        reader.spill = spilled.append
+        assert [line.data for line in reader] == [b"short", None, b"again", None]
+    assert b"".join(spilled) == long * 2
+    assert max(map(len, spilled)) <= 1 << 20

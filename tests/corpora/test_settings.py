@@ -46,6 +46,11 @@ def test_the_data_half_is_read_from_any_recipe(tmp_path: Path) -> None:
             "length = 1",
             r"\[blocks\] length: Input should be greater than or equal to 2 \(got 1\)",
         ),
+        (
+            "[blocks]",
+            "[tokenizer.train]\nbytez = 5\n[blocks]",
+            r"\[tokenizer.train\] bytez: unknown key \(known: vocab, bytes\)",
+        ),
         ('name = "tiny"', 'name = "../tiny"', r"\[corpus\] name: .* \(got '../tiny'\)"),
         ('val = ["v"]', 'val = ["a"]', r"corpus: shard 'a' is listed twice"),
         ('name = "r50k_base"', "", r'tokenizer: kind = "tiktoken" needs a name'),

@@ -1,6 +1,7 @@
 """The whole way on a tiny corpus, through the commands that a person types, on a real server."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -56,10 +57,12 @@ def test_what_is_done_is_not_done_again(trained: Any, tiny: Path) -> None:
 
 
 def test_a_recipe_may_train_its_tokenizer(trained: Any, tiny: Path) -> None:
-    recipe = tiny.with_name("pieces.toml")
-    text = tiny.read_text().replace('kind = "tiktoken"\nname = "r50k_base"', 'kind = "sentencepiece"')
-    text = text.replace("bos = 50256\neos = 50256", "bos = 1\neos = 2\n[tokenizer.train]\nvocab = 300")
-    recipe.write_text(text.replace("vocab = 50304", "vocab = 320"))
+    recipe, large = (tiny.with_name(f"{name}.toml") for name in ("pieces", "large"))
+    for path, vocab in ((recipe, 300), (large, 30_000)):
+        text = tiny.read_text().replace('kind = "tiktoken"\nname = "r50k_base"', 'kind = "sentencepiece"')
+        text = text.replace("vocab = 50304", f"vocab = {vocab}")
+        own = f"bos = 1\neos = 2\n[tokenizer.train]\nvocab = {vocab}"
+        path.write_text(text.replace("bos = 50256\neos = 50256", own))
     first = trained.run("flows.pretrain", str(recipe))
     assert first.returncode == 0, first.stderr
     assert " after 6 steps (watched blocks); " in first.stdout
@@ -70,8 +73,19 @@ def test_a_recipe_may_train_its_tokenizer(trained: Any, tiny: Path) -> None:
     again = trained.run("flows.pretrain", str(recipe))
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("Finished in state UpToDate(") == 8  # as above, and the tokenizer
-    for folder in (trained.root / "runs").glob("pieces-*"):
-        shutil.rmtree(folder)  # the nights below are of one recipe
+
+    # The run has its tokenizer with it, and needs the corpus' no more.
+    (run,) = (trained.root / "runs").glob("pieces-*")
+    model.unlink()
+    written = trained.run("models", "generate", str(run), "The cat")
+    assert written.returncode == 0, written.stderr
+    shutil.rmtree(run)  # the nights below are of one recipe
+
+    failed = trained.run("flows.pretrain", str(large))
+    assert failed.returncode == 2
+    assert re.search(r"^error: .*vocab = 30000 is too large for this text: at most \d+", failed.stderr, re.M)
+    for run in (trained.root / "runs").glob("large-*"):
+        shutil.rmtree(run)
 
 
 def test_one_bad_shard_fails_the_flow_by_its_name(served: Any, half: Path) -> None:
