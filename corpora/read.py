@@ -59,16 +59,15 @@ def damaged(path: Path, what: str) -> InputError:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a file may ask for; see [corpus] max_record_bytes, max_window_bytes and max_expansion."""
+    """What a compressed file may ask for; see [corpus] max_window_bytes and max_expansion."""
 
-    record: int = 64 << 20
     window: int = 128 << 20
     expansion: int = 200
 
     @classmethod
     def of(cls, corpus: Corpus) -> "Limits":
         """Return a recipe's limits."""
-        return cls(corpus.max_record_bytes, corpus.max_window_bytes, corpus.max_expansion)
+        return cls(corpus.max_window_bytes, corpus.max_expansion)
 
     def check_bomb(self, path: Path, taken: int, given: int) -> None:
         """Refuse a file of which `taken` bytes became `given` bytes of text, where that is out of all proportion."""

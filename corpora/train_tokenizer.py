@@ -63,11 +63,6 @@ def made_from(settings: DataSettings, data: Path) -> dict[str, Any]:
     }
 
 
-def model_path(settings: DataSettings, data: Path) -> Path:
-    """Return where the model lies once it is trained; the folder's name is a key of all that decides it."""
-    return _place(settings, data, made_from(settings, data))
-
-
 def trained(settings: DataSettings, data: Path) -> Path:
     """Return the trained model.  Raises InputError when there is none, or a damaged one."""
     made = made_from(settings, data)
@@ -217,6 +212,7 @@ def _wanted(settings: DataSettings) -> TrainTokenizer:
 
 
 def _place(settings: DataSettings, data: Path, made: dict[str, Any]) -> Path:
+    """Return where a model lies; the folder's name is a key of all that decides it."""
     key = f"bpe-{made['tokenizer']['vocab']}-{sha256_json(made)[:8]}"
     return data / settings.corpus.name / "tokenizers" / key / "tokenizer.model"
 

@@ -22,16 +22,22 @@ from corpora.settings import DataSettings
 from corpora.train_tokenizer import (
     SENTENCE,
     Trained,
+    _place,
     _sentences,
     learn,
     made_from,
-    model_path,
     take,
     train,
     trained,
 )
 
 Make = Callable[..., tuple[DataSettings, Path]]
+
+
+def model_path(settings: DataSettings, data: Path) -> Path:
+    return _place(settings, data, made_from(settings, data))
+
+
 WORDS = (
     "the of and to in a is that for it was on are as with his they at be this from have or by one had".split()
 )
