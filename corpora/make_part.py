@@ -155,11 +155,11 @@ class _Part:
         self.seen: set[bytes] = set()
         self.pending: list[_Waiting] = []
         self.pending_bytes = 0
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self.pad = tokenizer.eos if tokenizer.eos is not None else tokenizer.bos or 0
-        self.packer = pack.packer(settings.blocks, dtype, self.pad)
+        self.packer = pack.packer(settings.blocks, self.dtype, self.pad)
         metadata = {**self.job.made, "part": number, "padding": self.pad}
-        self.schema = blocks.schema(self.length, dtype, metadata)
+        self.schema = blocks.schema(self.length, self.dtype, metadata)
         self.writer: blocks.BlockWriter | None = None
         self.specials: dict[int, int] = {
             special: 0 for special in (tokenizer.bos, tokenizer.eos) if special is not None
@@ -263,7 +263,7 @@ class _Part:
             waiting, lengths = self._drop_empty(waiting, lengths)
         specials = tokenizer.specials_per_document
         head, tail = tokenizer.bos, tokenizer.eos
-        ids = np.empty(len(flat) + specials * len(waiting), self.packer_dtype)
+        ids = np.empty(len(flat) + specials * len(waiting), self.dtype)
         sizes = lengths.tolist()
         at = source = 0
         for (read, subset, hash, duplicate), size in zip(waiting, sizes, strict=True):
@@ -310,11 +310,6 @@ class _Part:
                 self.quarantine.add(read.line, str(error))
         flat = np.concatenate([*found, np.empty(0, np.uint32)])
         return kept, flat, np.array([len(ids) for ids in found], np.int64)
-
-    @property
-    def packer_dtype(self) -> np.dtype[Any]:
-        dtype: np.dtype[Any] = np.dtype(self.schema.field("input_ids").type.value_type.to_pandas_dtype())
-        return dtype
 
     def _write(self, rows: pack.Rows) -> None:
         settings = self.job.settings.blocks

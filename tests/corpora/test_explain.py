@@ -187,6 +187,7 @@ def test_the_manifest_is_held_against_the_files(tiny: Tiny) -> None:
         (lambda m: m["made_from"]["input"].update(sha256="0" * 64), "made from something else"),
         (lambda m: m["made_from"]["clean"].update(min_chars=7), "made from something else"),
         (lambda m: m["parts"][0].update(first=2), "begins with line 2, the parts before it have 0"),
+        (lambda m: m["outputs"].pop("part-00000.arrow"), "its block file is not in the manifest"),
         (
             lambda m: m["outputs"].pop("documents-00000.arrow"),
             r"documents-00000\.arrow is not in the manifest",
@@ -227,3 +228,11 @@ def test_deep_encodes_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None
     found = list(verify.faults(done.manifest_path, deep=True))
     assert len(found) == 3  # the document "x" has but one byte
     assert all("has other ids than tiktoken 0.14.0 gives" in fault for fault in found)
+
+
+def test_lines_out_of_order_are_found(tiny: Tiny) -> None:
+    def swapped(columns: dict[str, list[Any]]) -> None:
+        columns["line"][0], columns["line"][1] = columns["line"][1], columns["line"][0]
+
+    found = rewritten(prepared(tiny), "documents-00000.arrow", swapped)
+    assert any("its documents are not of the lines that the manifest says" in fault for fault in found), found
