@@ -1,8 +1,9 @@
-"""The environment of the peers that `prepare` is measured beside, and whether they give the same ids.
+"""The environment of the peers that we are measured beside, and whether theirs are the same ids as ours.
 
-datatrove and Hugging Face datasets in the versions of peers.txt, in a virtual environment under the user's
-cache: their pins are not ours.  Made on first use from the package index; nothing else is downloaded, the
-vocabulary is made here, from ours.  benchmarks/peers/ holds what runs in it.
+datatrove, Hugging Face datasets and transformers in the versions of peers.txt, in a virtual environment under
+the user's cache: their pins are not ours.  Made on first use from the package index; nothing else is
+downloaded, the vocabulary is made here, from ours.  Only torch is the project's own (see `train`): it is large,
+and all who train shall have the same.  benchmarks/peers/ holds what runs in it.
 """
 
 import base64
@@ -20,6 +21,7 @@ from corpora import demo, settings, tokenizer
 
 PINS = Path(__file__).with_name("peers.txt")
 SCRIPTS = Path(__file__).with_name("peers")
+IMPORTS = "datasets, datatrove, tokenizers, tiktoken, transformers, psutil, zstandard, orjson"
 SHOWN = ("datatrove", "datasets", "tokenizers", "tiktoken", "pyarrow", "numpy")
 
 
@@ -65,7 +67,7 @@ def environment() -> Path | None:
     try:
         _run([sys.executable, "-m", "venv", "--clear", str(folder)])
         _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(PINS)])
-        _run([str(python), "-c", "import datasets, datatrove, tokenizers, tiktoken, zstandard, orjson"])
+        _run([str(python), "-c", f"import {IMPORTS}"])
     except (OSError, subprocess.CalledProcessError) as error:
         why = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1]
         print(f"The peers were left out: their environment cannot be made here ({why[:200]}).\n", flush=True)

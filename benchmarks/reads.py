@@ -25,9 +25,10 @@ import torch
 from benchmarks.prepare import Corpus, demo_lines
 from corpora.blocks import Blocks
 from models import data, device
-from models.decoder import IGNORED, Decoder
-from models.optimize import Optimizers, learning_rate
+from models.optimize import learning_rate
+from models.processes import Processes
 from models.settings import RunSettings
+from models.step import Stepper
 
 LENGTH = 1024
 ROWS = (8, 64)
@@ -117,21 +118,17 @@ def _read(readers: dict[str, Reader], count: int) -> dict[str, dict[int, list[fl
 
 def _step(blocks: Blocks, steps: int) -> float:
     """Return the shortest time of a training step with 8 blocks, as models.train makes it."""
-    settings, cpu = RunSettings.read("13m"), torch.device("cpu")
-    dtype = device.choose_dtype(settings.train.dtype, cpu)
-    decoder = Decoder(settings.model)
-    decoder.init_weights(settings.train.seed)
-    fast = device.fast_bf16(cpu)
-    optimizers = Optimizers(decoder, settings.train, torch.bfloat16 if fast else torch.float32)
-    order = data.Order(len(blocks), ROWS[0], settings.train.seed)
+    settings, cpu = RunSettings.read("13m"), device.choose("cpu")
+    train = settings.train
+    dtype = device.choose_dtype(train.dtype, cpu)
+    stepper = Stepper(settings.model, train, Processes(0, 1, cpu), dtype=dtype)
+    stepper.init(train.seed)
+    order = data.Order(len(blocks), ROWS[0], train.seed)
     took = []
     for step in range(steps):
         start = time.perf_counter()
-        ids, targets = data.batch(blocks, order.step(step), settings.model.vocab, cpu)
-        loss = decoder(ids, targets, dtype)
-        loss.backward()
-        optimizers.scale_and_clip(float(targets.ne(IGNORED).sum()))
-        optimizers.step(learning_rate(settings.train, step))
+        batch = data.batch(blocks, order.step(step), settings.model.vocab, cpu)
+        stepper.update([batch], learning_rate(train, step))
         took.append(time.perf_counter() - start)
     return min(took)  # two threads that wait for each other are many times slower on a busy machine
 

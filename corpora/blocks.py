@@ -166,6 +166,9 @@ class _ArrowFile:
     def chunk(self, index: int) -> tuple[Ids, npt.NDArray[np.uint32]]:
         return self.ids[index], self.tokens[index]
 
+    def segments(self, index: int) -> pa.ListArray:
+        return self.batches[index].column("segments")
+
     def batch(self, index: int) -> pa.RecordBatch:
         return self.batches[index]
 
@@ -181,6 +184,7 @@ class _ParquetFile:
         self.starts = np.cumsum([0, *(meta.row_group(i).num_rows for i in range(meta.num_row_groups))])
         self.keep = keep
         self.groups: OrderedDict[int, tuple[Ids, npt.NDArray[np.uint32]]] = OrderedDict()
+        self.pieces: OrderedDict[int, pa.ListArray] = OrderedDict()
 
     def chunk(self, index: int) -> tuple[Ids, npt.NDArray[np.uint32]]:
         if index not in self.groups:
@@ -191,6 +195,15 @@ class _ParquetFile:
                 self.groups.popitem(last=False)
         self.groups.move_to_end(index)
         return self.groups[index]
+
+    def segments(self, index: int) -> pa.ListArray:
+        if index not in self.pieces:
+            table = self.file.read_row_group(index, columns=["segments"]).combine_chunks()
+            self.pieces[index] = table["segments"].chunk(0)
+            if len(self.pieces) > self.keep:
+                self.pieces.popitem(last=False)
+        self.pieces.move_to_end(index)
+        return self.pieces[index]
 
     def batch(self, index: int) -> pa.RecordBatch:
         table = self.file.read_row_group(index).cast(self.schema).combine_chunks()
@@ -258,6 +271,21 @@ class Blocks:
             ids[n] = chunk_ids[row - file.starts[c]]
             tokens[n] = chunk_tokens[row - file.starts[c]]
         return ids, tokens
+
+    def documents(self, indices: Iterable[int]) -> npt.NDArray[np.int32]:
+        """Return for each id of these rows which document of its row it belongs to, [n, length].
+
+        Documents count from 0 in each row; padding comes after the last of them and has the next number.  A
+        row of 6 ids with pieces of 2 and 3 gives [0 0 1 1 1 2].
+        """
+        wanted = np.fromiter(indices, np.int64)
+        documents = np.empty((len(wanted), self.length), np.int32)
+        for n, index in enumerate(wanted):
+            _, file, row, c = self._find(int(index))
+            lengths = file.segments(c)[row - int(file.starts[c])].values.field("length").to_numpy()
+            ends = np.cumsum(lengths)
+            documents[n] = np.searchsorted(ends, np.arange(self.length), side="right")
+        return documents
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield all rows in order, with all columns, as batches of the files."""

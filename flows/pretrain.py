@@ -44,6 +44,7 @@ def pretrain(
     workers: int | None = None,
     downloads: int = 4,
     overrides: dict[str, Any] | None = None,
+    allow_cpu: bool = False,
 ) -> dict[str, Any]:
     """Fetch, prepare, train, evaluate and generate, as one recipe says.
 
@@ -57,19 +58,21 @@ def pretrain(
         workers: Processes that turn text into blocks, over all shards; by default one for each core.
         downloads: Shards that are fetched at the same time.
         overrides: Other keys of the recipe to change, such as {"train.lr": 0.003}.
+        allow_cpu: Train without a GPU even if that takes more than a month.
     """
     logs.begin()
     child.allow()
     workers = cores() if workers is None else workers
     settings = choose(recipe, shards, steps, workers, downloads, overrides)
     name, corpus = Path(recipe).stem, settings.corpus
-    unknown = check(name, settings)
+    toml = settings.toml()
+    unknown = check(name, settings, toml, device, allow_cpu)
     fetcher: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=downloads)
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
     with fetcher, runner:
         if unknown:  # the run is named after its shards' hashes
             every_shard(unknown, fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": unknown}))
-        run = begin(name, settings, settings.toml())
+        run = begin(name, settings, toml)
         names = corpus.shards
         fetched = fetcher.map(fetch, {"corpus": unmapped(corpus), "shard": names})
         if settings.tokenizer.train is not None:
@@ -82,7 +85,7 @@ def pretrain(
         shards_done = every_shard(names, fetched, prepared)
     report.ledger(run, settings, shards_done)
 
-    trained = train(run, device, return_state=True).result()
+    trained = train(run, device, allow_cpu, return_state=True).result()
     scores = evaluate(run, device)
     generate(run, device)
     return {
@@ -115,6 +118,9 @@ def choose(
         changes["corpus.train"] = list(train_shards[:shards])
     if steps is not None:
         changes["train.steps"] = steps
+    for said, instead in (("train.steps", "train.tokens"), ("train.tokens", "train.steps")):
+        if said in changes:  # the recipe's own budget, in the other unit, counts no more
+            changes.setdefault(instead, None)
     return recipes.load(recipe, changes)
 
 
@@ -127,6 +133,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=int, help="processes that make blocks; default: one for each core")
     parser.add_argument("--downloads", type=int, default=4, help="shards fetched at the same time")
+    parser.add_argument(
+        "--allow-cpu", action="store_true", help="train without a GPU even if that takes more than a month"
+    )
     arguments = parser.parse_args()
     choose(
         arguments.recipe, arguments.shards, arguments.steps, arguments.workers or 1, arguments.downloads, None

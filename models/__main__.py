@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corpora.errors import EXIT_INPUT, EXIT_UNAVAILABLE, run_cli
+from corpora.errors import EXIT_INPUT, EXIT_UNAVAILABLE, InputError, run_cli
 from corpora.files import data_root
 from corpora.progress import emit, log_above_bars, say
 from corpora.settings import read_toml, recipe_path
@@ -33,8 +33,23 @@ def main() -> int:
     step = steps.add_parser("new", help="make the run folder of a recipe, and print it")
     step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
 
-    step = steps.add_parser("estimate", help="tell the tokens and GPU hours of a recipe's training")
+    step = steps.add_parser(
+        "estimate",
+        help="tell the memory and the time that a recipe's training takes here (exit code 2: it does not fit)",
+        description="Tell the memory and the time that a recipe's training takes on this machine, and refuse what "
+        "does not fit with the first settings that do. Nothing is read or downloaded but the recipe.",
+    )
     step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
+    step.add_argument(
+        "--processes",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="that train together, one for each GPU; default: 1",
+    )
+    _device_argument(step)
+    _allow_cpu_argument(step)
+    step.add_argument("--events", action="store_true", help="report the result as a JSON line")
 
     step = steps.add_parser(
         "train",
@@ -43,14 +58,22 @@ def main() -> int:
         "For several GPUs: torchrun --nproc-per-node N -m models train RUN",
     )
     _run_arguments(step, events=True)
+    _allow_cpu_argument(step)
+    step.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on from a checkpoint of another recipe or of other blocks, with a warning",
+    )
 
     step = steps.add_parser("evaluate", help="bits per byte of held-out documents, per subset")
     _run_arguments(step, events=True)
+    _checkpoint_argument(step)
 
     step = steps.add_parser(
         "smoke", help="continue the recipe's prompts and check what comes (exit code 2: it failed)"
     )
     _run_arguments(step, events=True)
+    _checkpoint_argument(step)
 
     step = steps.add_parser(
         "fetch",
@@ -73,6 +96,7 @@ def main() -> int:
 
     step = steps.add_parser("generate", help="continue a prompt")
     _run_arguments(step, events=False)
+    _checkpoint_argument(step)
     step.add_argument("prompt", metavar="PROMPT", help='text to continue; "" starts a new document')
     step.add_argument("--greedy", action="store_true", help="always take the likeliest token")
     step.add_argument("--max-new-tokens", type=_count, help="default: the recipe's")
@@ -86,6 +110,15 @@ def main() -> int:
     )
     step.add_argument("--seed", type=int, help="another seed, another text; default: the recipe's")
 
+    step = steps.add_parser("log", help="show a run that was trained in TensorBoard, or another such tool")
+    step.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    step.add_argument(
+        "--to",
+        choices=("tensorboard", "wandb", "mlflow", "trackio"),
+        default="tensorboard",
+        help="default: tensorboard",
+    )
+
     arguments = vars(parser.parse_args())
     run: dict[str, Callable[..., int]] = {
         "new": _new,
@@ -95,17 +128,38 @@ def main() -> int:
         "smoke": _smoke,
         "generate": _generate,
         "fetch": _fetch,
+        "log": _log,
     }
     return run[arguments.pop("step")](**arguments)
 
 
 def _run_arguments(step: argparse.ArgumentParser, *, events: bool) -> None:
     step.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    _device_argument(step)
+    if events:
+        step.add_argument("--events", action="store_true", help="report progress and result as JSON lines")
+
+
+def _device_argument(step: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
-    if events:
-        step.add_argument("--events", action="store_true", help="report progress and result as JSON lines")
+
+
+def _allow_cpu_argument(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--allow-cpu", action="store_true", help="train without a GPU even if that takes more than a month"
+    )
+
+
+def _checkpoint_argument(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        type=_which,
+        help="newest, best (on held-out text) or the number of a step; default: newest, and best for a run that "
+        "ended early",
+    )
 
 
 def _positive(text: str) -> float:
@@ -127,6 +181,14 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def _which(text: str) -> str | int:
+    if text in ("newest", "best"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither newest nor best nor the number of a step")
+    return int(text)
 
 
 def _new(recipe: str) -> int:
@@ -151,20 +213,39 @@ def _fetch(url: str, folder: Path, checklist: list[str] | None, parallel: int, r
     return EXIT_INPUT
 
 
-# torch takes a second or two to import: only the steps that need it do.
+def _log(run: Path, to: str) -> int:
+    from models.loggers import replay
 
-
-def _estimate(recipe: str) -> int:
-    from models.estimate import estimate
-
-    print(estimate(RunSettings.read(recipe)))
+    print(replay(run, to))
     return 0
 
 
-def _train(run: Path, device: Any, events: bool) -> int:
+# torch takes a second or two to import: only the steps that need it do.
+
+
+def _estimate(recipe: str, device: Any, processes: int, allow_cpu: bool, events: bool) -> int:
+    from models import device as devices
+    from models.estimate import plan
+    from models.hardware import this_machine
+
+    path = recipe_path(recipe)
+    settings = RunSettings.read(path)
+    machine = this_machine(devices.choose(device), processes, idle=True)
+    try:
+        made = plan(settings, machine, processes=processes, allow_cpu=allow_cpu)
+    except InputError as error:
+        raise InputError(f"recipe {path.stem}: {error}") from None
+    if events:
+        emit("result", text=made.text, parallel=made.parallel)
+    else:
+        print(made.text)
+    return 0
+
+
+def _train(run: Path, device: Any, events: bool, allow_cpu: bool, allow_changes: bool) -> int:
     from models.train import Stopped, train
 
-    done = train(run, device, events=events)
+    done = train(run, device, events=events, allow_changes=allow_changes, allow_cpu=allow_cpu)
     first = os.environ.get("RANK", "0") == "0"
     if isinstance(done, Stopped):
         if first:
@@ -189,10 +270,10 @@ def _train(run: Path, device: Any, events: bool) -> int:
     return 0
 
 
-def _evaluate(run: Path, device: Any, events: bool) -> int:
+def _evaluate(run: Path, device: Any, checkpoint: str | int | None, events: bool) -> int:
     from models.evaluate import evaluate
 
-    scores = evaluate(run, device, events=events)
+    scores = evaluate(run, device, checkpoint, events=events)
     if events:
         emit("result", **scores)
         return 0
@@ -203,10 +284,10 @@ def _evaluate(run: Path, device: Any, events: bool) -> int:
     return 0
 
 
-def _smoke(run: Path, device: Any, events: bool) -> int:
+def _smoke(run: Path, device: Any, checkpoint: str | int | None, events: bool) -> int:
     from models.smoke import smoke
 
-    told = smoke(run, device)
+    told = smoke(run, device, checkpoint)
     if events:
         emit("result", **told)
         return 0
@@ -223,6 +304,7 @@ def _smoke(run: Path, device: Any, events: bool) -> int:
 def _generate(
     run: Path,
     device: Any,
+    checkpoint: str | int | None,
     prompt: str,
     greedy: bool,
     max_new_tokens: int | None,
@@ -233,7 +315,7 @@ def _generate(
     from models.generate import Sampling, write
     from models.trained import open_run
 
-    trained = open_run(run, device)
+    trained = open_run(run, device, checkpoint)
     recipe = trained.settings.generate
     sampling = Sampling(
         temperature or recipe.temperature, top_p or recipe.top_p, recipe.seed if seed is None else seed

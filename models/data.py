@@ -7,17 +7,32 @@ micro-batches changes what a step sees.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from corpora.blocks import Blocks
 from corpora.errors import InputError
 from corpora.order import Permutation
-from models.decoder import IGNORED
+from models.loss import IGNORED
 from models.settings import Model
+
+if TYPE_CHECKING:  # pyarrow is not everywhere where a step is made
+    from corpora.blocks import Blocks
+
+
+class Batch(NamedTuple):
+    """Rows as tensors [n, T] on the device.
+
+    ids_BT: int64; targets_BT: the id that follows each, or IGNORED; documents_BT: int32, which document of its
+    row each id belongs to, if the model is to know
+    """
+
+    ids_BT: Tensor
+    targets_BT: Tensor
+    documents_BT: Tensor | None
 
 
 class Order:
@@ -43,7 +58,7 @@ class Order:
         return Permutation(self.blocks, self.seed, epoch)(np.arange(first, last))
 
 
-def check_fits(blocks: Blocks, model: Model) -> None:
+def check_fits(blocks: "Blocks", model: Model) -> None:
     """Refuse blocks that the model has no positions or no rows of the embedding for."""
     if blocks.length - 1 > model.context:
         raise InputError(
@@ -58,8 +73,12 @@ def check_fits(blocks: Blocks, model: Model) -> None:
 
 
 def batch(
-    blocks: Blocks, indices: npt.NDArray[np.int64], vocab: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    blocks: "Blocks",
+    indices: npt.NDArray[np.int64],
+    vocab: int,
+    device: torch.device,
+    documents: bool = False,
+) -> Batch:
     """Return inputs and targets [n, length - 1]: each row without its last id, and without its first.
 
     A target that is padding becomes IGNORED.  An id outside the vocabulary is an error here, by name,
@@ -75,7 +94,8 @@ def batch(
     ids = torch.from_numpy(rows.astype(np.int64))
     targets = ids[:, 1:].clone()
     targets[torch.arange(1, blocks.length) >= torch.from_numpy(tokens)[:, None]] = IGNORED
-    return ids[:, :-1].to(device), targets.to(device)
+    owners = torch.from_numpy(blocks.documents(indices)[:, :-1]).to(device) if documents else None
+    return Batch(ids[:, :-1].to(device), targets.to(device), owners)
 
 
 def micro_batches(

@@ -2,22 +2,29 @@
 
 Shape suffixes:  B batch   T positions   D width   H query heads   K key/value heads   E channels of a head
                  F feed-forward   V vocabulary   N = B x T   S = positions seen so far and now
-Positions are numbered from 0 in each row; nothing here depends on the length except a learned table.
+Positions are numbered from 0 in each row (or document); nothing depends on the length except a learned table.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
+from models import loss, shards
 from models.settings import Model
 
-IGNORED = -100  # a target that is padding
-CHUNK = 256  # rows of logits that exist at a time; on a CPU smaller and larger chunks are slower
-CUDA_CHUNK = 4096
 NORM_EPSILON = 1e-5
+SHORT = 16_384  # T x E up to which a CPU is faster in float32: its bf16 attention has a fixed cost on the way back
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin of the positions' angles
+Mask = Tensor | BlockMask | None  # who sees whom, bool [B, 1, T, S] or [T, S]; None: all up to itself
 
 
 @dataclass
@@ -48,33 +55,28 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads = model.heads, model.kv_heads or model.heads
-        size = model.width // model.heads
-        self.query = nn.Linear(model.width, self.heads * size, bias=False)
-        self.key = nn.Linear(model.width, self.kv_heads * size, bias=False)
-        self.value = nn.Linear(model.width, self.kv_heads * size, bias=False)
+        self.size = model.width // model.heads
+        self.qkv = nn.Linear(model.width, (self.heads + 2 * self.kv_heads) * self.size, bias=False)
         self.out = nn.Linear(model.width, model.width, bias=model.bias)
+        self.qk_norm = model.qk_norm
+        if model.qk_norm:
+            self.query_norm = nn.RMSNorm(self.size, eps=NORM_EPSILON)
+            self.key_norm = nn.RMSNorm(self.size, eps=NORM_EPSILON)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, cache: Cache | None) -> Tensor:
         B, T, D = x_BTD.shape
-        q_BHTE = self.query(x_BTD).view(B, T, self.heads, -1).transpose(1, 2)
-        k_BKTE = self.key(x_BTD).view(B, T, self.kv_heads, -1).transpose(1, 2)
-        v_BKTE = self.value(x_BTD).view(B, T, self.kv_heads, -1).transpose(1, 2)
+        parts = self.qkv(x_BTD).view(B, T, -1, self.size).transpose(1, 2)
+        q_BHTE, k_BKTE, v_BKTE = parts.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.qk_norm:
+            q_BHTE, k_BKTE = self.query_norm(q_BHTE.float()), self.key_norm(k_BKTE.float())
         if rotary is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rotary), rotate(k_BKTE, *rotary)
-        mask_TS = None
         if cache is not None:
             k_BKTE, v_BKTE = cache.append(self.layer, k_BKTE, v_BKTE)
-            S = k_BKTE.shape[2]
-            if 1 < T < S:  # SDPA's own causal mask is aligned to the top left: right only for T = S
-                mask_TS = torch.ones(T, S, dtype=torch.bool, device=x_BTD.device).tril(S - T)
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=mask_TS,
-            is_causal=mask_TS is None and T > 1,
-            enable_gqa=self.heads != self.kv_heads,
-        )
+        short = x_BTD.device.type == "cpu" and T * self.size <= SHORT
+        dtype = torch.float32 if short else v_BKTE.dtype
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y_BHTE = attend(q_BHTE.to(dtype), k_BKTE.to(dtype), v_BKTE.to(dtype), mask)
         out: Tensor = self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
         return out
 
@@ -85,17 +87,18 @@ class FeedForward(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.kind = model.mlp
-        self.up = nn.Linear(model.width, model.ffn, bias=model.bias)
         if self.kind == "swiglu":
-            self.gate = nn.Linear(model.width, model.ffn, bias=model.bias)
+            self.gate_up = nn.Linear(model.width, 2 * model.ffn, bias=model.bias)
+        else:
+            self.up = nn.Linear(model.width, model.ffn, bias=model.bias)
         self.down = nn.Linear(model.ffn, model.width, bias=model.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.up(x_BTD)
         if self.kind == "swiglu":
-            h_BTF = F.silu(self.gate(x_BTD)) * h_BTF
+            gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+            h_BTF = F.silu(gate_BTF) * up_BTF
         else:
-            h_BTF = F.relu(h_BTF) if self.kind == "relu" else F.gelu(h_BTF)
+            h_BTF = F.relu(self.up(x_BTD)) if self.kind == "relu" else F.gelu(self.up(x_BTD))
         out: Tensor = self.down(h_BTF)
         return out
 
@@ -110,8 +113,8 @@ class Block(nn.Module):
         self.mlp_norm = norm(model)
         self.mlp = FeedForward(model)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, cache)
+    def forward(self, x_BTD: Tensor, rotary: Rotary | None, mask: Mask, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask, cache)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
@@ -120,7 +123,15 @@ class Decoder(nn.Module):
     """Token ids to hidden states, to a loss (training) or to the next token's logits (generation).
 
     It can be built on the meta device, which allocates nothing: then `to_empty` and `init_weights`.
+
+    document_mask: a token sees only its own document, where `documents_BT` is given
+    reset_positions: positions count from each document's beginning, likewise
+    activation_checkpointing: blocks are computed again in the backward pass
     """
+
+    document_mask = False
+    reset_positions = False
+    activation_checkpointing = False
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -142,26 +153,75 @@ class Decoder(nn.Module):
             if parameter.ndim == 2:
                 std = residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else 0.02
                 drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-                parameter.copy_(drawn)
+                parameter.copy_(shards.share(drawn, parameter))
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the normed hidden states [B, T, D]; with a cache, of positions that follow those in it."""
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Return the parameters that are several matrices, one below the other, and the rows of each."""
+        rows: dict[str, tuple[int, ...]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                kv = module.kv_heads * module.size
+                rows[f"{name}.qkv.weight"] = (module.heads * module.size, kv, kv)
+            elif isinstance(module, FeedForward) and module.kind == "swiglu":
+                rows[f"{name}.gate_up.weight"] = (self.settings.ffn, self.settings.ffn)
+        return rows
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        """Return the nats of the targets that are not IGNORED, in float32.
+
+        sum: their sum, differentiable (see loss.sum_of_nats); none: those of each, [B, T], without gradients
+        """
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden_ND = self.hidden(ids_BT, documents_BT=documents_BT).flatten(0, 1)
+        head = (hidden_ND, *self.head_weights(), targets_BT.flatten(), dtype)
+        return loss.sum_of_nats(*head) if reduction == "sum" else loss.nats(*head).view(targets_BT.shape)
+
+    def hidden(
+        self, ids_BT: Tensor, cache: Cache | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Return the normed hidden states [B, T, D]; with a cache, of positions that follow those in it.
+
+        documents_BT: which document of its row each id belongs to; see `document_mask` and `reset_positions`
+        """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.settings.context:
             raise ValueError(f"{start + T} positions, but the context is {self.settings.context}")
-        positions_T = torch.arange(start, start + T, device=ids_BT.device)
+        positions = torch.arange(start, start + T, device=ids_BT.device)  # [T], or [B, T] when they are reset
+        mask: Mask = None
+        if documents_BT is not None:
+            if cache is not None:
+                raise ValueError("documents are for training, a cache is for generation")
+            if self.reset_positions:
+                positions = within_documents(documents_BT)
+            if self.document_mask:
+                mask = same_document(documents_BT)
+        elif 1 < T < start + T:  # SDPA's own causal mask is aligned to the top left: right only for T = S
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=ids_BT.device).tril(start)
         x_BTD: Tensor = self.embedding(ids_BT)
         rotary = None
         if self.settings.positions == "learned":
-            x_BTD = x_BTD + self.position(positions_T)
+            x_BTD = x_BTD + self.position(positions)
         else:
             size = self.settings.width // self.settings.heads
-            rotary = rotary_tables(positions_T, size, self.settings.rope_theta)
+            rotary = rotary_tables(positions, size, self.settings.rope_theta)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotary, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(
+                    block, x_BTD, rotary, mask, None, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTD = block(x_BTD, rotary, mask, cache)
         if cache is not None:
             cache.length += T
         out: Tensor = self.norm(x_BTD)
@@ -177,47 +237,6 @@ class Decoder(nn.Module):
             return self.embedding.weight, None
         return self.head.weight, self.head.bias
 
-    def forward(
-        self, ids_BT: Tensor, targets_BT: Tensor, dtype: torch.dtype = torch.float32, exact: bool = False
-    ) -> Tensor:
-        """Return the training loss: nats summed over the targets that are not IGNORED.
-
-        Only CHUNK rows of logits exist at a time.  With bfloat16 the gradients are good and the returned
-        sum is rounded to three digits, unless `exact` (dearer) asks for a value to be logged.
-        """
-        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden_ND = self.hidden(ids_BT).flatten(0, 1)
-        weight_VD, bias_V = self.head_weights()
-        # Cast here and not by autocast, under which the function below falls back to float32.
-        losses = F.linear_cross_entropy(
-            hidden_ND.to(dtype),
-            weight_VD.to(dtype),
-            targets_BT.flatten(),
-            linear_bias=None if bias_V is None else bias_V.to(dtype),
-            reduction="none" if exact else "sum",
-            ignore_index=IGNORED,
-            options=torch.nn.LinearCrossEntropyOptions(
-                batch_chunk_size=CUDA_CHUNK if ids_BT.is_cuda else CHUNK,
-                chunking_method=None,  # the default picks chunks of a few rows: 8 times slower than none
-                acc_policy="accurate",
-            ),
-        )
-        return losses.float().sum()
-
-    @torch.no_grad()
-    def nats(self, ids_BT: Tensor, targets_BT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the loss of every target [B, T] in float32, 0 where it is IGNORED: for evaluation."""
-        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden_ND = self.hidden(ids_BT).flatten(0, 1)
-            chunk = CUDA_CHUNK if ids_BT.is_cuda else CHUNK
-            losses = [
-                F.cross_entropy(self.logits(h), t, reduction="none", ignore_index=IGNORED)
-                for h, t in zip(
-                    torch.split(hidden_ND, chunk), torch.split(targets_BT.flatten(), chunk), strict=True
-                )
-            ]
-        return torch.cat(losses).view(targets_BT.shape)
-
 
 def norm(model: Model) -> nn.Module:
     """Return a norm layer of the kind that the model uses."""
@@ -226,17 +245,55 @@ def norm(model: Model) -> nn.Module:
     return nn.LayerNorm(model.width, eps=NORM_EPSILON, bias=model.bias)
 
 
-def rotary_tables(positions_T: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [T, E/2] of each position's angles, in float32."""
-    powers = torch.arange(0, size, 2, device=positions_T.device, dtype=torch.float32) / size
-    angles = torch.outer(positions_T.float(), theta**-powers)
+def same_document(documents_BT: Tensor) -> Tensor | BlockMask:
+    """Return the mask by which a position sees those up to itself in its own document."""
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (q >= kv) & (documents_BT[b, q] == documents_BT[b, kv])
+
+    B, T = documents_BT.shape
+    if documents_BT.is_cuda:  # a FlexAttention kernel passes over the blocks that a mask leaves nothing of
+        return create_block_mask(sees, B, None, T, T, documents_BT.device)
+    return create_mask(sees, B, None, T, T, documents_BT.device)
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    """Return FlexAttention as a kernel of its own; by itself it is a plain formula on whole score matrices."""
+    return torch.compile(flex_attention)
+
+
+def within_documents(documents_BT: Tensor) -> Tensor:
+    """Return each position's number in its document, [B, T]: [4 4 4 7 7] gives [0 1 2 0 1]."""
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
+    return places_T - (places_T * begins_BT).cummax(dim=1).values
+
+
+def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Mask) -> Tensor:
+    """Return softmax(q k' / sqrt(E)) v, [B, H, T, E], over what the mask lets each position see."""
+    grouped = q_BHTE.shape[1] != k_BKSE.shape[1]
+    if isinstance(mask, BlockMask):
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        out: Tensor = flex(q_BHTE, k_BKSE, v_BKSE, block_mask=mask, enable_gqa=grouped)  # type: ignore[operator]
+        return out
+    causal = mask is None and q_BHTE.shape[2] > 1
+    return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, mask, is_causal=causal, enable_gqa=grouped)
+
+
+def rotary_tables(positions: Tensor, size: int, theta: float) -> Rotary:
+    """Return cos and sin of the angles of positions [T] or [B, T], in float32: [T, E/2] or [B, 1, T, E/2]."""
+    powers = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = positions[..., None].float() * theta**-powers
+    if positions.ndim == 2:
+        angles = angles[:, None]  # the same for all heads
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i with channel i + E/2 (the halves of Hugging Face, not Meta's neighbouring pairs)."""
+    """Rotate channel i with channel i + E/2 (the halves of Hugging Face, not Meta's neighbours), in float32."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def count_parameters(model: Model) -> int:

@@ -3,8 +3,9 @@
 Nats over the tokens of the text, divided by ln 2 and by the UTF-8 bytes of the cleaned text: the same text
 costs the same whatever the tokenizer.  BOS and EOS are predicted too, but what they cost is not counted.
 
-Conditioning: a document comes after an EOS and its BOS, as in the blocks (where the tokenizer has neither,
-the first token is charged as one of equally likely ids).  A document longer than the context is cut into
+Conditioning: a document comes after an EOS and its BOS, as in the blocks (a model trained with document masks
+has never seen what is before a BOS, so it gets the BOS alone; where the tokenizer has neither, the first token
+is charged as one of equally likely ids).  A document longer than the context is cut into
 consecutive windows, and a token sees only those before it in its window.
 """
 
@@ -24,7 +25,8 @@ from corpora.prepare import Document, documents
 from corpora.progress import Progress
 from corpora.tokenizer import Tokenizer
 from models import device, score
-from models.decoder import IGNORED, Decoder
+from models.decoder import Decoder
+from models.loss import IGNORED
 from models.score import Sums
 from models.settings import RunSettings
 from models.trained import open_run
@@ -73,9 +75,14 @@ class Tally:
         }
 
 
-def evaluate(run: Path, wanted: device.Device = "auto", *, events: bool = False) -> dict[str, Any]:
-    """Score a run's newest checkpoint and write RUN/evaluations/<checkpoint>.json; return its content."""
-    trained = open_run(run, wanted)
+def evaluate(
+    run: Path, wanted: device.Device = "auto", which: str | int | None = None, *, events: bool = False
+) -> dict[str, Any]:
+    """Score a checkpoint of a run and write RUN/evaluations/<checkpoint>.json; return its content.
+
+    which: see `trained.open_run`
+    """
+    trained = open_run(run, wanted, which)
     settings = trained.settings
     dtype = device.choose_dtype(settings.train.dtype, trained.device)
     total = settings.evaluate.bytes * len(settings.corpus.val)
@@ -118,6 +125,7 @@ def first_documents(settings: RunSettings, tokenizer: Tokenizer) -> Iterator[Doc
                 break
 
 
+@torch.no_grad()
 def charge(
     decoder: Decoder,
     tokenizer: Tokenizer,
@@ -136,7 +144,7 @@ def charge(
             progress.add(tally.add(document))
             if tokenizer.bos is None and tokenizer.eos is None:
                 tally.charge(document.subset, math.log(tokenizer.vocab_size))
-            yield from windows(document, tokenizer, decoder.settings.context)
+            yield from windows(document, tokenizer, decoder.settings.context, alone=decoder.document_mask)
 
     remaining = parts()
     while group := list(islice(remaining, batch)):
@@ -148,16 +156,21 @@ def charge(
             ids[row, : len(window.inputs)] = torch.tensor(window.inputs)
             targets[row, : len(window.targets)] = torch.tensor(window.targets)
         ids, targets = ids.to(here), targets.to(here)
-        nats_BT = decoder.nats(ids, targets, dtype)
+        nats_BT = decoder(ids, targets, dtype=dtype, reduction="none")
         for row, window in enumerate(group):
             sums: Sums = score.sums(nats_BT[row], targets[row], bytes_V)
             tally.charge(window.subset, sums.text_nats)
 
 
-def windows(document: Document, tokenizer: Tokenizer, context: int) -> Iterator[Window]:
-    """Cut a document into windows of at most `context` targets; every token after the first is one target."""
+def windows(
+    document: Document, tokenizer: Tokenizer, context: int, *, alone: bool = False
+) -> Iterator[Window]:
+    """Cut a document into windows of at most `context` targets; every token after the first is one target.
+
+    alone: begin with the document's own BOS, if there is one, not with the EOS of another document
+    """
     ids = [int(i) for i in document.ids]
-    if tokenizer.eos is not None:
+    if tokenizer.eos is not None and not (alone and tokenizer.bos is not None):
         ids = [tokenizer.eos, *ids]
     for start in range(0, len(ids) - 1, context):
         part = ids[start : start + context + 1]

@@ -39,10 +39,13 @@ def write(
     """Continue a prompt, greedily without `sampling`.
 
     The prompt is taken as the beginning of a document, and so comes after what stands before one in the
-    blocks: the EOS of another document and its own BOS, as far as the tokenizer has them.
+    blocks: the EOS of another document and its own BOS, as far as the tokenizer has them.  A model trained with
+    document masks has seen nothing before a BOS.
     """
     text_ids = [int(i) for i in tokenizer.encode(prompt)]
     head = [special for special in (tokenizer.eos, tokenizer.bos) if special is not None]
+    if decoder.document_mask:
+        head = head[-1:]
     if not head and not text_ids:
         raise InputError(
             "an empty prompt needs a BOS or EOS id, and the recipe's [tokenizer] has neither; write a prompt"

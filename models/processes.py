@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from types import FrameType
 
 import torch
 import torch.distributed
+from torch import Tensor
 
-from corpora.errors import InputError, Unavailable
+from corpora.errors import InputError, PilelineError, Unavailable
 from models import device as devices
 
 LOCK_WAIT = 30.0  # seconds for a trainer that was told to stop to save and leave
@@ -28,17 +29,29 @@ class Processes:
     size: int
     device: torch.device
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Return the sums of these values over all processes."""
-        if self.size == 1:
-            return values
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(totals)
-        return [float(total) for total in totals.tolist()]
+    def sum(self, values: Sequence[float] | Tensor) -> list[float]:
+        """Return the sums of these values over all processes; a tensor must be of float64 on our device."""
+        totals = values if isinstance(values, Tensor) else None
+        if self.size > 1:
+            if totals is None:
+                totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(totals)
+        return list(values) if totals is None else [float(total) for total in totals.tolist()]
 
-    def from_first(self, value: int) -> int:
-        """Return the first process's value in all."""
-        return round(self.sum([float(value if self.rank == 0 else 0)])[0])
+    def first_decides(self, decide: Callable[[], int]) -> int:
+        """Let the first process find a number and tell all; when that fails, all leave."""
+        value, fault = 0, None
+        if self.rank == 0:
+            try:
+                value = decide()
+            except PilelineError as error:
+                fault = error
+        failed, value_of_first = self.sum([float(fault is not None), float(value)])
+        if fault is not None:
+            raise fault
+        if failed:
+            raise InputError("the first process gave up, and says why")
+        return round(value_of_first)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from time import time_ns
 from typing import Any
 
 import tomli_w
@@ -15,7 +16,8 @@ from corpora.prepare import PREPARE_VERSION
 from corpora.settings import Corpus
 from models.settings import RunSettings
 
-STEP = re.compile(r"step-(\d{7,})")
+# A checkpoint; or one that made way for another of its step, which a kill may have kept from coming.
+STEP = re.compile(r"step-(?P<step>[0-9]{7}|[1-9][0-9]{7,})|\.step-(?P<old>[0-9]{7}|[1-9][0-9]{7,})\.old")
 
 
 def runs_root() -> Path:
@@ -62,12 +64,20 @@ def read_settings(run: Path) -> RunSettings:
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Return the complete checkpoints of a run by step, oldest first."""
-    found = []
-    for folder in (run / "checkpoints").glob("step-*"):
-        match = STEP.fullmatch(folder.name)
-        if match and (folder / "state.json").is_file():  # the folder got its name after its last file
-            found.append((int(match[1]), folder))
-    return sorted(found)
+    found = {}
+    for folder in sorted(
+        (run / "checkpoints").glob("*step-*")
+    ):  # a dot sorts first: the true name is the last
+        step = step_of(folder)
+        if step is not None and (folder / "state.json").is_file():  # it got its name after its last file
+            found[step] = folder
+    return sorted(found.items())
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step that a checkpoint's name tells, or None for another name."""
+    match = STEP.fullmatch(folder.name)
+    return None if match is None else int(match["step"] or match["old"])
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -85,7 +95,10 @@ def newest(runs: Path) -> dict[str, Path]:
         name, dash, digest = run.name.rpartition("-")
         if checkpoint is None or not dash or not re.fullmatch("[0-9a-f]{8}", digest):
             continue
-        time = (checkpoint / "state.json").stat().st_mtime_ns
+        try:
+            time = (checkpoint / "state.json").stat().st_mtime_ns
+        except FileNotFoundError:  # a trainer has removed it just now, so there is a newer one
+            time = time_ns()
         if name not in written or time > written[name][0]:
             written[name] = (time, run)
     return {name: run for name, (_, run) in written.items()}

@@ -4,13 +4,14 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corpora.blocks import Blocks
 from corpora.tokenizer import Tokenizer
 from models import data
-from models.decoder import IGNORED, Decoder
+from models.loss import IGNORED
 
 
 class Sums(NamedTuple):
@@ -55,19 +56,28 @@ def sums(nats_BT: Tensor, targets_BT: Tensor, bytes_V: Tensor) -> Sums:
     return Sums(float(nats.sum()), float(real.sum()), float(text), float(lengths.sum()))
 
 
+@torch.no_grad()
 def blocks(
-    decoder: Decoder,
+    model: nn.Module,
     held_out: Blocks,
-    indices: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    indices: npt.NDArray[np.int64],
     size: int,
     bytes_V: Tensor,
     dtype: torch.dtype,
+    documents: bool = False,
+    batches: int | None = None,
 ) -> Sums:
-    """Score these held-out blocks, `size` at a time."""
+    """Score these held-out blocks, `size` at a time, with their documents if the model was trained with them.
+
+    batches: how often `model` is called at least.  Processes that share out its weights (FSDP) must all call it
+        equally often; one with fewer blocks scores block 0 and forgets the result.
+    """
     total = Sums()
-    for start in range(0, len(indices), size):
-        ids, targets = data.batch(
-            held_out, indices[start : start + size], decoder.settings.vocab, bytes_V.device
-        )
-        total = total.plus(sums(decoder.nats(ids, targets, dtype), targets, bytes_V))
+    for n in range(max(batches or 0, math.ceil(len(indices) / size))):
+        own = indices[n * size : (n + 1) * size]
+        rows = own if len(own) else np.zeros(1, np.int64)
+        batch = data.batch(held_out, rows, len(bytes_V), bytes_V.device, documents=documents)
+        nats_BT = model(*batch, dtype=dtype, reduction="none")
+        if len(own):
+            total = total.plus(sums(nats_BT, batch.targets_BT, bytes_V))
     return total

@@ -13,9 +13,12 @@ from models.generate import Sampling, Written, write
 from models.trained import Trained, open_run
 
 
-def smoke(run: Path, wanted: device.Device = "auto") -> dict[str, Any]:
-    """Sample, check and write RUN/samples.json; return its content.  A failed check is an InputError."""
-    trained = open_run(run, wanted)  # refuses weights that are not finite; `write` refuses such logits
+def smoke(run: Path, wanted: device.Device = "auto", which: str | int | None = None) -> dict[str, Any]:
+    """Sample, check and write RUN/samples.json; return its content.  A failed check is an InputError.
+
+    which: see `trained.open_run`
+    """
+    trained = open_run(run, wanted, which)  # refuses weights that are not finite; `write` refuses such logits
     generate = trained.settings.generate
     check_learned(trained.state)
     sampling = Sampling(generate.temperature, generate.top_p, generate.seed)

@@ -1,6 +1,7 @@
 """Before the work: what can be known without it, and the run folder, where the recipe as run lies."""
 
 import logging
+import tempfile
 from pathlib import Path
 
 from prefect import task
@@ -10,13 +11,19 @@ from corpora import demo, estimate, files, lock, tokenizer
 from corpora.errors import InputError
 from models import runs
 from models.settings import RunSettings
+from tasks import child
 
 log = logging.getLogger(__name__)
 
 
 @task(task_run_name="check {name}", cache_policy=NO_CACHE)
-def check(name: str, settings: RunSettings) -> list[str]:
-    """Check lock, vocabulary and disk; return the shards whose sha256 only their first download can tell."""
+def check(
+    name: str, settings: RunSettings, toml: str, device: str = "auto", allow_cpu: bool = False
+) -> list[str]:
+    """Check vocabulary, memory, time, lock and disk, before anything is downloaded.
+
+    Return the shards whose sha256 only their first download can tell.
+    """
     data, corpus = files.data_root(), settings.corpus
     if corpus.name == "demo" and corpus.lock is None:
         demo.build(data)
@@ -27,6 +34,8 @@ def check(name: str, settings: RunSettings) -> list[str]:
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "
             f"set model.vocab to at least {vocabulary}"
         )
+    for line in preflight(name, toml, device, allow_cpu).splitlines():
+        log.info("%s", line)
     known = lock.load_lock(corpus, data)
     found = estimate.estimate(settings, data)
     estimate.check_space(found, data, prepare=True)
@@ -49,3 +58,17 @@ def begin(name: str, settings: RunSettings, toml: str) -> Path:
     run = runs.create(name, toml, runs.inputs_of(settings.corpus, files.data_root()), runs.runs_root())
     log.info("run folder %s", run)
     return run
+
+
+def preflight(name: str, toml: str, device: str, allow_cpu: bool) -> str:
+    """Return the table of memory and time that training takes on this machine; refuse what it has not.
+
+    In a child process, since torch would take two seconds and 300 MB of Prefect's own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / f"{name}.toml"
+        recipe.write_text(toml, "utf-8")
+        command = child.python("models", "estimate", recipe, "--device", device, "--events")
+        if allow_cpu:
+            command.append("--allow-cpu")
+        return str(child.run(command)["text"])

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks import child, report
 from tasks.outcome import transient
-from tasks.progress import Ring, artifact_key
+from tasks.progress import Background, Ring, artifact_key
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 )
 def evaluate(run: Path, device: str) -> dict[str, Any]:
     """Return bits per byte, over all held-out text and per subset.  Call it directly, as `train`."""
-    ring = Ring(artifact_key(run.name, "evaluate"), f"evaluate {run.name}")
-    scores = child.run(child.python("models", "evaluate", run, "--device", device, "--events"), ring.listen)
+    with Background() as background:
+        ring = Ring(artifact_key(run.name, "evaluate"), f"evaluate {run.name}", background)
+        scores = child.run(
+            child.python("models", "evaluate", run, "--device", device, "--events"), ring.listen
+        )
     report.publish_scores(run, scores)
     log.info(
         "evaluate: %.4f bits per byte of %s held-out bytes", scores["bits_per_byte"], f"{scores['bytes']:,}"

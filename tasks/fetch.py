@@ -11,7 +11,7 @@ from corpora import files, lock
 from corpora.settings import Corpus
 from tasks import child
 from tasks.outcome import transient, up_to_date
-from tasks.progress import Ring, artifact_key
+from tasks.progress import Background, Ring, artifact_key
 from tasks.slots import slot
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ def fetch(corpus: Corpus, shard: str) -> str:
     """Fetch one shard and return its sha256."""
     data = files.data_root()
     entry = lock.load_lock(corpus, data).entry(shard)
-    ring = Ring(artifact_key(corpus.name, "fetch", shard), f"fetch {shard}")
     done = 0
 
     def told(amount: int) -> None:
@@ -39,7 +38,8 @@ def fetch(corpus: Corpus, shard: str) -> str:
         done += amount
         ring.tell(done, entry.size or entry.about)
 
-    with slot("downloads"):
+    with slot("downloads"), Background() as background:
+        ring = Ring(artifact_key(corpus.name, "fetch", shard), f"fetch {shard}", background)
         receipt, was_there = corpus_fetch.fetch(corpus, shard, data, told)
     if was_there:
         return up_to_date(receipt.sha256, f"{shard}: {receipt.size:,} bytes, verified before")

@@ -19,6 +19,7 @@ STYLE = """\
 .grid { stroke: #e8e7e2 } .axis { stroke: #b5b3ab }
 .a { stroke: #2a78d6 } .b { stroke: #d1451b } .c { stroke: #1b8a5a } .d { stroke: #8250c4 }
 .fa { fill: #2a78d6 } .fb { fill: #d1451b } .fc { fill: #1b8a5a } .fd { fill: #8250c4 }
+.mark { stroke-width: 1.5; stroke-dasharray: 4 3 }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round }
 text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) {
@@ -29,6 +30,19 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; font-variant
 .fa { fill: #5598e7 } .fb { fill: #e8764f } .fc { fill: #45b583 } .fd { fill: #a988dc }
 }
 """
+
+
+POINTS = (
+    400  # of a line that are drawn; more cannot be told apart, and each is bytes in the server's database
+)
+
+
+class Mark(NamedTuple):
+    """A dashed line across the picture where something happened."""
+
+    name: str
+    x: float
+    colour: str
 
 
 class Line(NamedTuple):
@@ -55,15 +69,29 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def curve(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
+def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """Return at most about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    size = -(-len(points) // (most // 2 - 1))
+    kept = [points[0]]
+    for start in range(1, len(points) - 1, size):
+        part = points[start : min(start + size, len(points) - 1)]
+        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return [*kept, points[-1]]
+
+
+def curve(title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: Sequence[Mark] = ()) -> str:
     """Draw lines over one pair of axes, with ticks, a grid and a legend."""
     finite = [
-        Line(line.name, [p for p in line.points if all(map(math.isfinite, p))], line.dots) for line in lines
+        Line(line.name, thin([p for p in line.points if all(map(math.isfinite, p))]), line.dots)
+        for line in lines
     ]
     points = [point for line in finite for point in line.points]
     if not points:
         return _svg(HEIGHT, title, [_text(WIDTH / 2, HEIGHT / 2, "no points yet", "faint", "middle")])
-    xs = ticks(min(x for x, _ in points), max(x for x, _ in points), 6)
+    width = [x for x, _ in points] + [mark.x for mark in marks]
+    xs = ticks(min(width), max(width), 6)
     ys = ticks(min(y for _, y in points), max(y for _, y in points))
     left, right, top, bottom = 64, WIDTH - 24, 76, HEIGHT - 52
 
@@ -96,6 +124,12 @@ def curve(title: str, x_label: str, y_label: str, lines: Sequence[Line]) -> str:
         parts.append(f'<path class="line {colour}" d="M{legend} 54h18"/>')
         parts.append(_text(legend + 24, 58, line.name, "ink"))
         legend += 48 + 7 * len(line.name)
+    for name, colour in dict.fromkeys((mark.name, mark.colour) for mark in marks):
+        parts.append(f'<path class="mark {colour}" d="M{legend} 54h18"/>')
+        parts.append(_text(legend + 24, 58, name, "ink"))
+        legend += 48 + 7 * len(name)
+    for x, colour in dict.fromkeys((round(x_at(mark.x), 1), mark.colour) for mark in marks):
+        parts.append(f'<path class="mark {colour}" d="M{x} {top}V{bottom}"/>')
     return _svg(HEIGHT, title, parts)
 
 

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks import child
 from tasks.outcome import transient, up_to_date
-from tasks.progress import Ring, artifact_key
+from tasks.progress import Background, Ring, artifact_key
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +27,13 @@ def prepare(run: Path, shard: str, fetched: str, workers: int) -> dict[str, Any]
 
     `workers` is the number of worker processes over all shards.
     """
-    ring = Ring(artifact_key(run.name, "prepare", shard), f"prepare {shard}")
-    prepared = child.run(
-        child.python(
-            "corpora",
-            "prepare",
-            run / "recipe.toml",
-            "--shard",
-            shard,
-            "--workers",
-            str(workers),
-            "--events",
-        ),
-        ring.listen,
-    )
+    recipe, count = run / "recipe.toml", str(workers)
+    with Background() as background:
+        ring = Ring(artifact_key(run.name, "prepare", shard), f"prepare {shard}", background)
+        prepared = child.run(
+            child.python("corpora", "prepare", recipe, "--shard", shard, "--workers", count, "--events"),
+            ring.listen,
+        )
     if prepared["skipped"]:
         return up_to_date(prepared, f"{shard}: the manifest matches, nothing to do")
     ledger = prepared["ledger"]

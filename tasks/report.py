@@ -7,19 +7,24 @@ version under its key, so the page of an artifact shows its history.
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect import task
+from prefect import get_client, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from corpora import account, card
 from corpora.ledger import check_laws
 from corpora.ledger import total as add_up
 from corpora.prepare import Prepared, beside, read_manifest
 from corpora.settings import DataSettings
+from models.loggers import note
 from tasks import picture
 from tasks.history import Night
 from tasks.progress import artifact_key
@@ -27,6 +32,19 @@ from tasks.progress import artifact_key
 log = logging.getLogger(__name__)
 
 Ledger = Mapping[str, Any]
+
+CURVE_EVERY = 60.0  # seconds between two pictures of the loss while training runs
+SCORED_EVERY = 10.0  # the same, when there is a new held-out loss
+NOTES = 20  # of steps passed over, and of roll-backs, that a page lists
+
+# What a line of metrics.jsonl may hold, as columns of a table.
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "val_loss": ("held-out loss", "{:.4f}".format),
+    "val_bpb": ("bits per byte", "{:.4f}".format),
+    "tokens_per_s": ("tokens/s", "{:,.0f}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "memory_bytes": ("memory", lambda size: f"{size / 2**30:.1f} GiB"),
+}
 
 
 @task(task_run_name="report {run.name}", cache_policy=NO_CACHE)
@@ -38,9 +56,43 @@ def ledger(run: Path, settings: DataSettings, prepared: Sequence[Mapping[str, An
     publish(run, "ledger", f"Every line of {len(ledgers)} shards", ledger_markdown(run.name, ledgers))
 
 
-def publish_curve(run: Path) -> None:
-    """Publish the loss so far."""
-    publish(run, "loss", "Loss over the steps", curve_markdown(run.name, read_metrics(run)))
+class LossPage:
+    """The loss of a run, brought up to date while it trains.
+
+    A new held-out loss makes a new version under the page's key.  What comes between two of them changes the
+    newest version, or weeks of training would leave thousands, each with a picture of its own.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._id: UUID | None = None
+        self._published = time.monotonic()
+        self._scored = False
+
+    def due(self, line: Mapping[str, Any]) -> bool:
+        """Take note of a line of metrics.jsonl; say whether it is time to publish."""
+        self._scored = self._scored or line.get("val_loss") is not None
+        since = time.monotonic() - self._published
+        if since < (SCORED_EVERY if self._scored else CURVE_EVERY):
+            return False
+        self._published = time.monotonic()
+        return True
+
+    def publish(self) -> None:
+        """Publish the loss so far."""
+        scored, self._scored = self._scored, False
+        markdown = curve_markdown(self.run.name, read_metrics(self.run))
+        if scored or self._id is None:
+            self._id = publish(self.run, "loss", "Loss over the steps", markdown)
+            return
+        try:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._id, ArtifactUpdate(data=markdown))
+        except Exception as error:
+            log.warning(
+                "the loss of %s could not be shown (%s: %s)", self.run.name, type(error).__name__, error
+            )
+            self._id = None  # the page may be gone
 
 
 def publish_scores(run: Path, scores: Mapping[str, Any]) -> None:
@@ -58,17 +110,19 @@ def publish_nights(nights: Sequence[tuple[Night, Night | None]], failures: Mappi
     _publish("nightly", "Bits per byte tonight", nights_markdown(nights, failures))
 
 
-def publish(run: Path, what: str, description: str, markdown: str) -> None:
-    """Publish one page of a run."""
-    _publish(artifact_key(run.name, what), description, markdown)
+def publish(run: Path, what: str, description: str, markdown: str) -> UUID | None:
+    """Publish one page of a run; return the id of the version that it made."""
+    return _publish(artifact_key(run.name, what), description, markdown)
 
 
-def _publish(key: str, description: str, markdown: str) -> None:
+def _publish(key: str, description: str, markdown: str) -> UUID | None:
     """A report is not worth the loss of what it reports on: with the server away, the run goes on."""
     try:
-        create_markdown_artifact(markdown, key=key, description=description)
+        made = create_markdown_artifact(markdown, key=key, description=description)
     except Exception as error:
         log.warning("the page %r could not be published (%s: %s)", key, type(error).__name__, error)
+        return None
+    return made if isinstance(made, UUID) else None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -140,18 +194,61 @@ def laws(one: Ledger) -> list[str]:
     ]
 
 
-def curve_markdown(name: str, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Return the picture of the loss and the held-out losses as a table."""
+def curve_markdown(name: str, metrics: Sequence[dict[str, Any]]) -> str:
+    """Return the picture of the loss, the held-out losses as a table, and what went wrong on the way."""
     trained = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
     held_out = [m for m in metrics if m.get("val_loss") is not None]
+    notes = [m for m in metrics if note(m) is not None]
     lines = [
         picture.Line("training", trained),
         picture.Line("held out", [(m["step"], m["val_loss"]) for m in held_out], dots=len(held_out) <= 60),
     ]
-    svg = picture.curve(f"Loss of {name}", "step", "nats per token", lines)
-    rows = [[m["step"], f"{m['val_loss']:.4f}", f"{m['val_bpb']:.4f}"] for m in held_out]
-    table = _table(["step", "held-out loss", "bits per byte"], _thinned(rows, 12))
-    return f"{picture.markdown(svg, 'loss over steps')}\n\n{table}\n"
+    marks = [
+        picture.Mark("skipped step", m["step"], "c")
+        if "skipped" in m
+        else picture.Mark("roll-back", m["step"], "d")
+        for m in notes
+    ]
+    svg = picture.curve(f"Loss of {name}", "step", "nats per token", lines, marks)
+    keys = [key for key in COLUMNS if any(m.get(key) is not None for m in held_out)]
+    rows = [[m["step"], *("–" if m.get(k) is None else COLUMNS[k][1](m[k]) for k in keys)] for m in held_out]
+    table = _table(["step", *(COLUMNS[key][0] for key in keys)], _thinned(rows, 12))
+    last = [so_far(m) for m in metrics if "steps" in m and note(m) is None][-1:]
+    parts = [picture.markdown(svg, "loss over steps"), *last, table]
+    if notes:
+        parts += [
+            f"## {_counted(notes)}",
+            "\n".join(f"- step {m['step']:,}: {_cell(note(m) or '')}" for m in notes[-NOTES:]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def so_far(line: Mapping[str, Any]) -> str:
+    """Say how far training is: step, loss, speed and the time left."""
+    parts = [f"step {line['step']:,} of {line['steps']:,}"]
+    if line.get("loss") is not None:
+        parts.append(f"loss {line['loss']:.3f}")
+    if line.get("tokens_per_s"):
+        parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
+    if left := time_left(line):
+        parts.append(f"{left} left")
+    return ", ".join(parts)
+
+
+def time_left(line: Mapping[str, Any]) -> timedelta | None:
+    """Return how long the steps left will take at the speed of the last ones; None when nothing tells."""
+    if not line.get("tokens_per_s") or not line["step"]:
+        return None
+    tokens = line["tokens"] / line["step"] * (line["steps"] - line["step"])
+    return timedelta(seconds=round(tokens / line["tokens_per_s"]))
+
+
+def _counted(notes: Sequence[Mapping[str, Any]]) -> str:
+    skipped = sum("skipped" in m for m in notes)
+    counts = ((skipped, "skipped step"), (len(notes) - skipped, "roll-back"))
+    told = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]
+    last = f", the last {NOTES}" if len(notes) > NOTES else ""
+    return f"{' and '.join(told)}{last}"
 
 
 def scores_markdown(name: str, scores: Mapping[str, Any]) -> str:

@@ -1,22 +1,20 @@
 """Train, in a child process: the command that a person would type."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from models.loggers import note
 from models.metrics import readable
 from tasks import child, report
 from tasks.outcome import transient, up_to_date
-from tasks.progress import Ring, artifact_key
+from tasks.progress import Background, Ring, artifact_key
 from tasks.slots import slot
 
 log = logging.getLogger(__name__)
-
-CURVE_EVERY = 180.0  # seconds between two pictures of the loss while training runs
 
 
 @task(
@@ -27,24 +25,26 @@ CURVE_EVERY = 180.0  # seconds between two pictures of the loss while training r
     cache_policy=NO_CACHE,
     tags=["train"],
 )
-def train(run: Path, device: str) -> dict[str, Any]:
+def train(run: Path, device: str, allow_cpu: bool = False) -> dict[str, Any]:
     """Train to the recipe's last step.  Call it directly: only the main thread hears of a cancel."""
-    ring = Ring(artifact_key(run.name, "train"), f"train {run.name}")
-    pictured = time.monotonic()
+    command = child.python("models", "train", run, "--device", device, "--events")
+    if allow_cpu:
+        command.append("--allow-cpu")
+    page = report.LossPage(run)
+    with slot("gpu"), Background() as background:
+        ring = Ring(artifact_key(run.name, "train"), f"train {run.name}", background)
 
-    def told(event: child.Event) -> None:
-        nonlocal pictured
-        if event["event"] != "metrics":
-            return
-        log.info("%s", readable(event))
-        ring.tell(event["step"], event["steps"])
-        if time.monotonic() - pictured >= CURVE_EVERY:
-            pictured = time.monotonic()
-            report.publish_curve(run)
+        def told(event: child.Event) -> None:
+            if event["event"] != "metrics":
+                return
+            log.info("%s", readable(event))
+            if note(event) is None:  # a line of figures
+                ring.tell(event["step"], event["steps"], report.so_far(event))
+            if page.due(event):
+                background.soon("loss", page.publish)
 
-    with slot("gpu"):
-        trained = child.run(child.python("models", "train", run, "--device", device, "--events"), told)
-    report.publish_curve(run)
+        trained = child.run(command, told)
+    page.publish()
     if trained["skipped"]:
         return up_to_date(trained, f"step {trained['step']:,} was reached before")
     return trained

@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks import child
 from tasks.outcome import transient, up_to_date
-from tasks.progress import Ring, artifact_key
+from tasks.progress import Background, Ring, artifact_key
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 )
 def train_tokenizer(run: Path) -> str:
     """Train a SentencePiece model on the cleaned train shards, which are fetched."""
-    ring = Ring(artifact_key(run.name, "tokenizer"), "train tokenizer")
-    trained = child.run(
-        child.python("corpora", "train-tokenizer", run / "recipe.toml", "--events"), ring.listen
-    )
+    with Background() as background:
+        ring = Ring(artifact_key(run.name, "tokenizer"), "train tokenizer", background)
+        trained = child.run(
+            child.python("corpora", "train-tokenizer", run / "recipe.toml", "--events"), ring.listen
+        )
     model = str(trained["model"])
     if trained["skipped"]:
         return up_to_date(model, "the manifest matches, nothing to do")

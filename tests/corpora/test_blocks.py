@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corpora import blocks
+from corpora import blocks, pack
 from corpora.errors import InputError
-from corpora.pack import Rows
+from corpora.pack import BestFitPacker, ConcatPacker, Rows
 
 LENGTH = 6
 FORMATS = ("arrow", "parquet")
@@ -126,3 +126,48 @@ def test_convert_keeps_rows_and_metadata(tmp_path: Path) -> None:
     for row in range(9):
         assert first.where(row)[1:] == last.where(row)[1:]
     assert first.where(8)[2] == {"input_ids": some_rows(9)[8].tolist(), **columns(8, tokens=3)}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_id_knows_its_document(tmp_path: Path, format: str) -> None:
+    path = tmp_path / f"a.{format}"
+    writer = blocks.BlockWriter(path, format, blocks.schema(LENGTH, np.dtype(np.uint16), {}))
+    packer = ConcatPacker(LENGTH, np.uint16, pad=0)
+    lengths = [2, 3, 8, 0, 5, 1, 1, 1]  # 21 ids; one document has none
+    for rows in (*packer.add(np.arange(1, 22, dtype=np.uint16), lengths), *packer.finish()):
+        writer.write(rows, "train/00", LINES)
+    writer.close()
+    read = blocks.Blocks([path])
+    documents = read.documents([3, 0, 2, 1])
+    assert documents.dtype == np.int32
+    assert documents.tolist() == [
+        [0, 1, 2, 3, 3, 3],  # three of one id each, and padding
+        [0, 0, 1, 1, 1, 2],
+        [0, 1, 1, 1, 1, 1],  # the end of the one that fills the row before
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert read.documents([]).shape == (0, LENGTH)
+    with pytest.raises(IndexError):
+        read.documents([4])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("packer", [ConcatPacker, BestFitPacker])
+def test_documents_are_the_segments(
+    tmp_path: Path, format: str, packer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "BATCH_TOKENS", 32 * 11)  # many batches in a file
+    paths = [tmp_path / f"{name}.{format}" for name in "ab"]
+    for path, seed in zip(paths, (1, 2), strict=True):
+        lengths = np.random.default_rng(seed).integers(1, 20, 500).tolist()
+        packing = packer(32, np.uint16, 0)
+        writer = blocks.BlockWriter(path, format, blocks.schema(32, np.dtype(np.uint16), {}))
+        for rows in (*packing.add(np.ones(sum(lengths), np.uint16), lengths), *packing.finish()):
+            writer.write(rows, "train/00", LINES)
+        writer.close()
+    read = blocks.Blocks(paths)
+    every = np.arange(len(read))[::-1]
+    for index, documents in zip(every, read.documents(every), strict=True):
+        lengths = [segment["length"] for segment in read.where(int(index))[2]["segments"]]
+        lengths.append(32 - sum(lengths))
+        assert documents.tolist() == np.repeat(np.arange(len(lengths)), lengths).tolist()

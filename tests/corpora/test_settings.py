@@ -65,7 +65,9 @@ def test_faults_are_named(tmp_path: Path, before: str, after: str, message: str)
 
 
 def test_an_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'13M' is unknown; known: 13m, 13m-gpt, 13m-sp, 2b, 2b-gpt, demo"):
+    with pytest.raises(
+        InputError, match="'13M' is unknown; known: 13m, 13m-gpt, 13m-sp, 2b, 2b-gpt, demo, llama-250m, tiny"
+    ):
         recipe_path("13M")
     with pytest.raises(InputError, match="no such file"):
         recipe_path(tmp_path / "none.toml")

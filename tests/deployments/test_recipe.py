@@ -22,7 +22,7 @@ def test_every_recipe_is_whole(name: str, tmp_path: Path) -> None:
 
 
 def test_the_named_runs_are_there() -> None:
-    assert recipe.names() == ["13m", "13m-gpt", "13m-sp", "2b", "2b-gpt", "demo"]
+    assert recipe.names() == ["13m", "13m-gpt", "13m-sp", "2b", "2b-gpt", "demo", "llama-250m", "tiny"]
 
 
 def test_every_setting_is_explained() -> None:

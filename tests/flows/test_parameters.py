@@ -18,6 +18,16 @@ def test_parameters_change_the_recipe() -> None:
     assert choose("demo", None, None, 2, 4, None).corpus.train == ("train/00", "train/01")
 
 
+def test_one_budget_takes_the_place_of_the_other() -> None:
+    recipe = choose("llama-250m", None, 30, 2, 4, None)  # which says tokens
+    assert (recipe.train.steps, recipe.train.tokens) == (30, None)
+    assert choose("llama-250m", None, None, 2, 4, {"train.steps": 30}).train.last_step == 30
+    recipe = choose("demo", None, None, 2, 4, {"train.tokens": 4 * 255 * 70})  # which says steps
+    assert (recipe.train.last_step, recipe.train.tokens) == (70, 4 * 255 * 70)
+    with pytest.raises(InputError, match=r"leave one of them out"):
+        choose("demo", None, 60, 2, 4, {"train.tokens": 4 * 255 * 70})
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

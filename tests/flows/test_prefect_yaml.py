@@ -25,9 +25,11 @@ def test_the_names_that_are_typed() -> None:
     names = {f"{flow_of(one).name}/{name}" for name, one in DEPLOYMENTS.items()}
     assert names == {
         "pretrain/demo",
+        "pretrain/tiny",
         "pretrain/13m",
         "pretrain/13m-gpt",
         "pretrain/13m-sp",
+        "pretrain/llama-250m",
         "pretrain/2b",
         "pretrain/2b-gpt",
         "evaluate/nightly",

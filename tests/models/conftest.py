@@ -18,7 +18,6 @@ from corpora.prepare import prepare
 from corpora.settings import DataSettings
 from models import runs
 from models.settings import RunSettings
-from models.train import train
 
 Make = Callable[..., Path]
 
@@ -121,11 +120,15 @@ def make_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> M
 @pytest.fixture(scope="session")
 def trained_once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that was trained until it writes words; copy it before changing it."""
+    from models.train import train
+
     train_table = {"steps": 150, "lr": 0.02, "eval_every": 50}
     prompts = {"prompts": ["The cat", "", "sat " * 60]}
     run = write_run(corpus, tmp_path_factory.mktemp("trained"), train=train_table, generate=prompts)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PILELINE_DATA", str(corpus))
+        patched.setenv("OMP_NUM_THREADS", "1")  # before `one_thread` does so: this is made once
+        torch.set_num_threads(1)
         train(run, "cpu")
     return run
 

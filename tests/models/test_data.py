@@ -14,7 +14,7 @@ from corpora.errors import InputError
 from corpora.order import Permutation
 from corpora.pack import Rows
 from models import data
-from models.decoder import IGNORED
+from models.loss import IGNORED
 from models.settings import Model
 
 
@@ -107,10 +107,19 @@ def test_processes_and_micro_batches_share_a_step(processes: int, size: int | No
 
 def test_rows_become_inputs_and_targets(tmp_path: Path) -> None:
     blocks = write(tmp_path / "b.arrow", [[5, 6, 7, 8], [9, 10, 50, 50], [11, 50, 50, 50]], [4, 2, 1])
-    ids, targets = data.batch(blocks, np.array([1, 0, 2]), 100, torch.device("cpu"))
-    assert ids.dtype == targets.dtype == torch.int64
-    assert ids.tolist() == [[9, 10, 50], [5, 6, 7], [11, 50, 50]]
-    assert targets.tolist() == [[10, IGNORED, IGNORED], [6, 7, 8], [IGNORED] * 3]
+    batch = data.batch(blocks, np.array([1, 0, 2]), 100, torch.device("cpu"))
+    assert batch.ids_BT.dtype == batch.targets_BT.dtype == torch.int64
+    assert batch.ids_BT.tolist() == [[9, 10, 50], [5, 6, 7], [11, 50, 50]]
+    assert batch.targets_BT.tolist() == [[10, IGNORED, IGNORED], [6, 7, 8], [IGNORED] * 3]
+    assert batch.documents_BT is None
+
+
+def test_a_batch_tells_whose_each_input_is(tmp_path: Path) -> None:
+    blocks = write(tmp_path / "b.arrow", [[5, 6, 7, 8], [9, 10, 50, 50], [11, 50, 50, 50]], [4, 2, 1])
+    batch = data.batch(blocks, np.array([1, 0, 2]), 100, torch.device("cpu"), documents=True)
+    assert batch.documents_BT is not None and batch.documents_BT.dtype == torch.int32
+    assert batch.documents_BT.tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 1]]
+    assert torch.equal(batch.ids_BT, data.batch(blocks, np.array([1, 0, 2]), 100, torch.device("cpu")).ids_BT)
 
 
 def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from corpora.files import data_root
-from corpora.prepare import Document, documents
+from corpora.prepare import Document, documents, open_blocks
 from corpora.progress import Progress
 from corpora.tokenizer import load
 from models import evaluate, runs, score
-from models.decoder import IGNORED, Decoder
+from models.decoder import Decoder
 from models.evaluate import Tally, Window, charge, windows
+from models.loss import IGNORED
 from models.settings import RunSettings
 from models.train import train
 from models.trained import open_run
@@ -86,6 +87,64 @@ def test_windows_have_every_token_as_a_target_once(make_run: Make) -> None:
         Window("s", [2, 1, 10, 11], [1, 10, 11, 12]),
         Window("s", [12, 13], [13, 2]),
     ]
+
+
+def test_a_model_of_masked_documents_gets_no_eos_of_another(make_run: Make) -> None:
+    settings = recipe(make_run)
+    ids = np.array([1, 10, 11, 2], np.uint32)
+    assert list(windows(Document(1, "s", "", ids), load(settings.tokenizer), 8, alone=True)) == [
+        Window("s", [1, 10, 11], [10, 11, 2])
+    ]
+    # Without a BOS there is no other beginning than the EOS.
+    bare = load(settings.tokenizer.model_copy(update={"bos": None}))
+    assert list(windows(Document(1, "s", "", ids[1:]), bare, 8, alone=True)) == [
+        Window("s", [2, 10, 11], [10, 11, 2])
+    ]
+    decoder = Decoder(settings.model)
+    decoder.init_weights(4)
+    with torch.no_grad():
+        decoder.embedding.weight.mul_(20)
+    before = score_all(decoder, settings).nats
+    decoder.document_mask = True
+    assert score_all(decoder, settings).nats != before
+
+
+def test_held_out_blocks_are_scored_with_or_without_their_documents(make_run: Make) -> None:
+    settings = recipe(make_run)
+    tokenizer = load(settings.tokenizer)
+    held_out = open_blocks(settings, ("v",), data_root())
+    decoder = Decoder(settings.model)
+    decoder.init_weights(4)
+    bytes_V = score.bytes_of_ids(tokenizer, settings.model.vocab, torch.device("cpu"))
+    every = np.arange(len(held_out))
+    how = (bytes_V, torch.float32)
+    plain = score.blocks(decoder, held_out, every, 5, *how)
+    assert plain.targets == sum(int(row["tokens"]) - 1 for row in (held_out[int(i)] for i in every))
+    assert (
+        score.blocks(decoder, held_out, every, 5, *how, documents=True) == plain
+    )  # it does not look at them
+    decoder.document_mask = True
+    masked = score.blocks(decoder, held_out, every, 5, *how, documents=True)
+    assert masked.targets == plain.targets and masked.nats != plain.nats
+    for size in (1, len(every)):
+        again = score.blocks(decoder, held_out, every, size, *how, documents=True)
+        assert again.nats == pytest.approx(masked.nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_processes_with_fewer_blocks_run_the_model_as_often(make_run: Make, blocks: int) -> None:
+    settings = recipe(make_run)
+    held_out = open_blocks(settings, ("v",), data_root())
+    decoder = Decoder(settings.model)
+    decoder.init_weights(4)
+    calls: list[int] = []
+    decoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    bytes_V = score.bytes_of_ids(load(settings.tokenizer), settings.model.vocab, torch.device("cpu"))
+    how = (held_out, np.arange(blocks), 2, bytes_V, torch.float32)
+    alone = score.blocks(decoder, *how)
+    calls.clear()
+    assert score.blocks(decoder, *how, batches=3) == alone
+    assert calls == {0: [1, 1, 1], 1: [1, 1, 1], 3: [2, 1, 1]}[blocks]
 
 
 def test_special_ids_and_padding_are_not_counted_as_text() -> None:

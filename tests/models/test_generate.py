@@ -123,6 +123,18 @@ def test_a_text_goes_on_after_its_prompt(trained: Path) -> None:
     assert written.text[0] == " "  # SentencePiece alone would drop the first space
 
 
+def test_a_model_of_masked_documents_starts_from_the_bos_alone(trained: Path) -> None:
+    opened = open_run(trained)
+    encoder, decoder = opened.tokenizer, opened.decoder
+    assert (encoder.bos, encoder.eos) == (1, 2)
+    prompt = [int(i) for i in encoder.encode("the cat")]
+    how: dict[str, Any] = {"max_new_tokens": 12, "stop": encoder.eos, "ids_known": encoder.vocab_size}
+    for masked, head in ((False, [2, 1]), (True, [1])):
+        decoder.document_mask = masked
+        expected, _ = continue_ids(decoder, head + prompt, **how)
+        assert write(decoder, encoder, "the cat", 12).ids == expected
+
+
 def test_an_empty_prompt_needs_a_start(trained: Path) -> None:
     opened = open_run(trained)
     settings = opened.settings.tokenizer.model_copy(update={"bos": None, "eos": None})
@@ -147,7 +159,7 @@ def change(run: Path, weight: float | None = None, val_loss: float | None = None
     state = checkpoint.read_state(folder)
     weights = checkpoint.load(folder, WEIGHTS, CPU)
     if weight is not None:
-        weights["blocks.1.mlp.up.weight"][3, 3] = weight
+        weights["blocks.1.mlp.gate_up.weight"][3, 3] = weight
     if val_loss is not None:
         state = state.model_copy(update={"scores": Scores(val_loss=val_loss, val_bpb=1.0)})
     checkpoint.save(run, state, weights, checkpoint.load(folder, OPTIMIZER, CPU), keep=2)
@@ -163,7 +175,7 @@ def fails(run: Path, message: str) -> None:
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf])
 def test_smoke_fails_on_weights_that_are_not_finite(weight: float, trained: Path) -> None:
     change(trained, weight=weight)
-    fails(trained, r"the weight blocks.1.mlp.up.weight holds numbers that are not finite")
+    fails(trained, r"the weight blocks.1.mlp.gate_up.weight holds numbers that are not finite")
 
 
 def test_smoke_fails_on_logits_that_are_not_finite(trained: Path) -> None:

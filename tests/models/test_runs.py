@@ -65,6 +65,54 @@ def test_a_checkpoint_counts_when_it_is_complete(tmp_path: Path) -> None:
     assert runs.latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-0000002"
 
 
+def test_steps_are_ordered_as_numbers_and_only_true_names_count(tmp_path: Path) -> None:
+    names = ("step-0000002", "step-10000000", "step-9999999", ".step-0000004.old", ".step-0000002.old")
+    others = (
+        "step-1",
+        "step-00000003",
+        "step-000000\u0661",
+        "step-0000005.old",
+        ".step-0000006",
+        "xstep-0000007",
+    )
+    for name in (*names, *others):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").touch()
+    found = [(step, folder.name) for step, folder in runs.checkpoints(tmp_path)]
+    assert found == [
+        (2, "step-0000002"),
+        (4, ".step-0000004.old"),
+        (9_999_999, "step-9999999"),
+        (10_000_000, "step-10000000"),
+    ]
+    assert [runs.step_of(tmp_path / name) for name in (*names, *others)] == [
+        *(2, 10_000_000, 9_999_999, 4, 2),
+        *(None for _ in others),
+    ]
+    (tmp_path / "checkpoints" / "step-0000002" / "state.json").unlink()
+    assert runs.checkpoints(tmp_path)[0] == (2, tmp_path / "checkpoints" / ".step-0000002.old")
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_was_followed_by_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("one", "two"):
+        state = runs.create("13m", text, "", tmp_path) / "checkpoints" / "step-0000001" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.touch()
+    busy = runs.run_folder("13m", "one", "", tmp_path)
+    latest = runs.latest_checkpoint
+
+    def then_removed(run: Path) -> Path | None:
+        folder = latest(run)
+        if folder is not None and run == busy:
+            (folder / "state.json").unlink()
+        return folder
+
+    monkeypatch.setattr(runs, "latest_checkpoint", then_removed)
+    assert runs.newest(tmp_path) == {"13m": busy}
+
+
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["models", *map(str, arguments)])
     return cli.main()

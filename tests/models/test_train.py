@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from corpora.errors import InputError, Unavailable
 from corpora.files import data_root
 from corpora.prepare import open_blocks
 from models import checkpoint, device, processes, runs
-from models.checkpoint import OPTIMIZER, WEIGHTS
+from models.checkpoint import OPTIMIZER, WEIGHTS, Scores, State
 from models.data import Order
+from models.optimize import Optimizers
 from models.train import Stopped, Trainer, train
 
 Make = Callable[..., Path]
@@ -37,8 +39,11 @@ def kill():
 
 def in_a_step():
     update = train.Trainer.update
-    def dying(self, **arguments):
-        return kill() if self.step == 4 else update(self, **arguments)
+    def dying(self, state, stop):
+        if state.step == 4:
+            self.saver.wait()  # the thread that writes step 3 may not be done
+            kill()
+        return update(self, state, stop)
     train.Trainer.update = dying
 
 def in_a_save():
@@ -83,12 +88,13 @@ def predicted(run: Path) -> int:
     settings = runs.read_settings(run)
     blocks = open_blocks(settings, settings.corpus.train, data_root())
     order = Order(len(blocks), settings.train.batch, settings.train.seed)
-    steps = [blocks.rows(order.step(step))[1] for step in range(settings.train.steps)]
+    steps = [blocks.rows(order.step(step))[1] for step in range(settings.train.last_step)]
     return int(sum((tokens - 1).sum() for tokens in steps))
 
 
 def without_speed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    measured = {"tokens_per_s", "memory_bytes", "time"}
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 def done(run: Path, **arguments: Any) -> dict[str, Any]:
@@ -178,10 +184,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(make_run: Make, monkeypatch: pyt
     done(undisturbed)
     update = Trainer.update
 
-    def interrupted(self: Trainer, **arguments: Any) -> Any:
-        if self.step == 3:
+    def interrupted(self: Trainer, state: State, stop: Any) -> Any:
+        if state.step == 3:
             signal.raise_signal(signal.SIGTERM)
-        return update(self, **arguments)
+        return update(self, state, stop)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "update", interrupted)
@@ -193,36 +199,203 @@ def test_a_stopped_run_goes_on_to_the_same_bits(make_run: Make, monkeypatch: pyt
     assert_equal(tensors(run, 6), tensors(undisturbed, 6))
 
 
+def poison(monkeypatch: pytest.MonkeyPatch, *data_steps: int, value: float = math.nan) -> list[int]:
+    """Put `value` times the gradient into the gradient of these steps' data; return the steps whose updates are made."""
+    made: list[int] = []
+    update, norm, step = Trainer.update, Optimizers.norm, Optimizers.step
+    now: list[int] = []
+
+    def noted(self: Trainer, state: State, stop: Any) -> Any:
+        now[:] = [state.step + state.offset]
+        return update(self, state, stop)
+
+    def poisoned(self: Optimizers) -> float:
+        gradient = self.parameters["norm.weight"].grad
+        if now[0] in data_steps and gradient is not None:
+            gradient.mul_(value)
+        return norm(self)
+
+    def counted(self: Optimizers, lr: float) -> None:
+        made.append(now[0])
+        step(self, lr)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    monkeypatch.setattr(Optimizers, "norm", poisoned)
+    monkeypatch.setattr(Optimizers, "step", counted)
+    return made
+
+
 def test_numbers_that_are_not_finite_stop_before_the_update(
     make_run: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(train={"save_every": 2})
-    clip = Trainer.__init__.__globals__["Optimizers"].scale_and_clip
-
-    def poisoned(self: Any, count: float) -> float:
-        if len(steps) == 2:
-            self.parameters["norm.weight"].grad[0] = torch.nan
-        return float(clip(self, count))
-
-    steps: list[float] = []
-    update = Trainer.__init__.__globals__["Optimizers"].step
-    optimizers = Trainer.__init__.__globals__["Optimizers"]
-    monkeypatch.setattr(optimizers, "scale_and_clip", poisoned)
-    monkeypatch.setattr(optimizers, "step", lambda self, lr: (steps.append(lr), update(self, lr))[1])
+    run = make_run(train={"save_every": 2, "spikes": {"skip": 0, "roll_back": 0}})
+    made = poison(monkeypatch, 2)
     with pytest.raises(
-        InputError, match=r"step 3: the loss is [\d.]+, the gradient norm nan; .* lower train.lr"
+        InputError,
+        match=r"step 3: the loss is [\d.]+, the gradient norm nan; the update was not made, and nothing was saved "
+        r"since step 2 \(blocks \[.*; lower train.lr",
     ):
         train(run, "cpu")
-    assert len(steps) == 2
+    assert made == [0, 1]
     assert [step for step, _ in runs.checkpoints(run)] == [2]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(run, 2).values())
 
 
+def test_a_bad_step_is_passed_over(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    made = poison(monkeypatch, 2, 3)
+    result = done(run)
+    assert made == [0, 1, 4, 5, 6, 7]  # six updates all the same
+    assert (result["step"], result["skipped_steps"], result["roll_backs"]) == (6, 2, 0)
+    state = checkpoint.read_state(checkpoint.folder_of(run, 6))
+    assert state.offset == 2 and state.bad == 0
+    assert [skip.data_step for skip in state.skipped] == [2, 3]
+    notes = [line for line in metrics(run) if "skipped" in line]
+    assert [(note["step"], note["data_step"]) for note in notes] == [(3, 2), (3, 3)]
+    assert "the gradient norm nan" in notes[0]["skipped"]
+
+
+def test_a_step_passed_over_while_it_is_told_to_stop_stays_told(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    with monkeypatch.context() as patched:
+        poison(patched, 3)
+        norm = Optimizers.norm
+
+        def signalled(self: Optimizers) -> float:
+            value = norm(self)
+            if math.isnan(value):
+                signal.raise_signal(signal.SIGTERM)
+            return value
+
+        patched.setattr(Optimizers, "norm", signalled)
+        stopped = train(run, "cpu")
+    assert isinstance(stopped, Stopped) and stopped.step == 3
+    done(run)
+    steps = [(line["step"], "skipped" in line) for line in metrics(run)]
+    assert steps == [(0, False), (1, False), (2, False), (4, True), (4, False), (6, False)]
+
+
+def test_a_gradient_far_above_the_usual_is_passed_over(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(train={"steps": 20, "eval_every": 20, "save_every": 20})
+    made = poison(monkeypatch, 18, value=1e5)
+    assert done(run)["skipped_steps"] == 1
+    assert made == [*range(18), 19, 20]
+    (note,) = [line for line in metrics(run) if "skipped" in line]
+    assert "times the usual" in note["skipped"]
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("crash_at", [None, 3, 4, 5])
+def test_too_many_bad_steps_roll_back_to_the_last_checkpoint_and_on(
+    crash_at: int | None, make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(train={"spikes": {"skip": 2}})
+    made = poison(monkeypatch, 4, 5, 6)
+    if crash_at is not None:
+        update = Trainer.update
+
+        def crashing(self: Trainer, state: State, stop: Any) -> Any:
+            if state.roll_backs and state.step == crash_at:
+                raise Crash
+            return update(self, state, stop)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "update", crashing)
+            with pytest.raises(Crash):
+                train(run, "cpu")
+    result = done(run)
+    assert (result["skipped_steps"], result["roll_backs"]) == (0, 1)
+    # Three updates are saved; the fourth is lost with the roll-back; its blocks and the bad ones never come again.
+    assert made[-3:] == [7, 8, 9] and made[:4] == [0, 1, 2, 3]
+    state = checkpoint.read_state(checkpoint.folder_of(run, 6))
+    (roll_back,) = state.roll_backs
+    assert (roll_back.back_to, roll_back.first, roll_back.last) == (3, 3, 6)
+    assert "the gradient norm nan" in roll_back.reason and state.offset == 4
+    lines = metrics(run)
+    assert [(line["step"], "rolled_back_from" in line) for line in lines] == [
+        (0, False),
+        (1, False),
+        (2, False),
+        (3, True),
+        (4, False),
+        (6, False),
+    ]
+    assert done(run)["skipped"] and metrics(run) == lines
+
+
+def test_after_a_roll_back_the_run_is_as_if_the_blocks_had_not_been(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt, clean = make_run("spoilt", train={"spikes": {"skip": 0}}), make_run("clean")
+    with monkeypatch.context() as patched:
+        poison(patched, 3)
+        done(spoilt)
+    step = Order.step
+    monkeypatch.setattr(Order, "step", lambda self, number: step(self, number + (number >= 3)))
+    done(clean)
+    ours, theirs = tensors(spoilt, 6), tensors(clean, 6)
+    assert_equal(ours, theirs)
+
+
+def test_roll_backs_come_to_an_end(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(train={"spikes": {"skip": 1, "roll_back": 2}})
+    poison(monkeypatch, *range(4, 100))
+    with pytest.raises(
+        InputError, match=r"step 4: .* the gradient norm nan after 2 roll-backs; .* since step 3"
+    ):
+        train(run, "cpu")
+
+
 def test_too_high_a_learning_rate_is_told_by_step(make_run: Make) -> None:
     run = make_run(train={"lr": 1e30, "warmup": 0, "optimizer": "adamw"})
-    with pytest.raises(InputError, match=r"step 2: the loss is .*, the gradient norm nan"):
+    with pytest.raises(
+        InputError, match=r"step 2: the loss is .*, the gradient norm nan; .* since the beginning"
+    ):
         train(run, "cpu")
     assert runs.latest_checkpoint(run) is None
+
+
+def test_training_ends_early_when_it_gets_no_better(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(train={"steps": 40, "eval_every": 2, "save_every": 5, "patience": 2})
+    scores = iter([5.0, 4.0, 3.0, 3.5, 2.5, 2.6, 2.7, 1.0])
+    scored = lambda self, step: Scores(val_loss=3.0, val_bpb=next(scores))  # noqa: E731
+    monkeypatch.setattr(Trainer, "score", scored)
+    result = done(run)
+    assert (result["step"], result["best_step"], result["ended_early"]) == (12, 8, True)
+    assert [step for step, _ in runs.checkpoints(run)] == [8, 10, 12]
+    assert checkpoint.read_state(checkpoint.folder_of(run, 12)).ended == "early"
+    again = done(run)
+    assert again == {**result, "skipped": True}
+    scores = iter([0.5] * 20)
+    further = done(run, allow_changes=True)
+    assert (further["step"], further["ended_early"]) == (18, True)
+
+
+def test_the_best_checkpoint_is_kept(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(train={"steps": 10, "eval_every": 2, "save_every": 2})
+    scores = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7])
+    scored = lambda self, step: Scores(val_loss=3.0, val_bpb=next(scores))  # noqa: E731
+    monkeypatch.setattr(Trainer, "score", scored)
+    assert done(run)["best_step"] == 4
+    assert [step for step, _ in runs.checkpoints(run)] == [4, 8, 10]
+    best = checkpoint.best(run)
+    assert best is not None and best.name == "step-0000004"
+
+
+def test_a_budget_of_tokens_is_so_many_steps(make_run: Make) -> None:
+    run = make_run(train={"steps": None, "tokens": 5 * 4 * 31})
+    result = done(run)
+    assert result["step"] == 5
+    assert "tokens = 620" in (run / "recipe.toml").read_text()
+    with pytest.raises(ValueError, match=r"train.tokens 620 are 5 steps of 4 blocks, but train.steps is 7"):
+        make_run(train={"steps": 7, "tokens": 620})
 
 
 def test_micro_batches_change_nothing_but_rounding(make_run: Make) -> None:
@@ -234,45 +407,41 @@ def test_micro_batches_change_nothing_but_rounding(make_run: Make) -> None:
         torch.testing.assert_close(tensors(parts, 6)[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_two_processes_train_as_one(make_run: Make) -> None:
-    adamw = {"optimizer": "adamw", "lr": 0.001, "micro_batch": 1}
-    one, two = make_run("one", train=adamw), make_run("two", train=adamw)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    pair = [
-        python(
-            "-m", "models", "train", two, "--device", "cpu", "--events", RANK=rank, LOCAL_RANK=rank, **address
-        )
-        for rank in ("0", "1")
-    ]
-    done(one)
-    told = [process.communicate(timeout=90) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], told
-    assert told[1][0] == "" and json.loads(told[0][0].splitlines()[-1])["event"] == "result"
-    for name, tensor in tensors(one, 6).items():
-        torch.testing.assert_close(tensors(two, 6)[name], tensor, rtol=0, atol=1e-5)
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a["tokens"] == b["tokens"] and a.get("val_bpb") == pytest.approx(b.get("val_bpb"), abs=1e-4)
-
-
 def test_a_batch_must_divide_by_the_processes(make_run: Make) -> None:
     run = make_run()
     three = processes.Processes(0, 3, CPU)
     with pytest.raises(InputError, match=r"train.batch 4 cannot be shared equally by 3 processes"):
-        Trainer(run, runs.read_settings(run), three, None, events=False)
+        Trainer(run, runs.read_settings(run), three, None)
 
 
-def test_other_blocks_are_refused(make_run: Make) -> None:
+def test_other_blocks_are_refused(make_run: Make, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     done(run)
-    newest = checkpoint.folder_of(run, 3)
-    state = checkpoint.read_state(newest).model_copy(update={"data": "f" * 64})
-    checkpoint.remove_after(run, 3)
-    checkpoint.save(run, state, {"w": torch.ones(1)}, {"w": torch.ones(1)}, keep=2)
+    changed(run, 3, data="f" * 64)
     with pytest.raises(InputError, match=r"step-0000003 was trained on other blocks .* python -m models new"):
         train(run, "cpu")
+    assert done(run, allow_changes=True)["step"] == 6
+    assert "was trained on other blocks" in capsys.readouterr().err
+    assert checkpoint.read_state(checkpoint.folder_of(run, 6)).data != "f" * 64
+
+
+def test_another_order_of_the_blocks_is_refused(make_run: Make) -> None:
+    run = make_run()
+    done(run)
+    changed(run, 3, order="another/1")
+    with pytest.raises(InputError, match=r"step-0000003 took its blocks in another order \(another/1, now "):
+        train(run, "cpu")
+
+
+def changed(run: Path, step: int, **fields: Any) -> None:
+    """Give a run's checkpoint other words about itself, and remove the later ones."""
+    folder = checkpoint.folder_of(run, step)
+    checkpoint.remove_after(run, step)
+    state = checkpoint.read_state(folder).model_copy(update=fields)
+    weights = checkpoint.load(folder, WEIGHTS, CPU), checkpoint.load(folder, OPTIMIZER, CPU)
+    shutil.rmtree(folder)
+    with checkpoint.Saver(run, keep=2) as saver:
+        saver.save(state, *weights)
 
 
 def test_another_recipe_is_refused_by_its_keys(make_run: Make) -> None:
@@ -284,6 +453,42 @@ def test_another_recipe_is_refused_by_its_keys(make_run: Make) -> None:
         InputError, match=r"model.layers 2 in the checkpoint, 3 in the recipe; train.lr 0.01 in"
     ):
         train(run, "cpu")
+
+
+def test_another_learning_rate_may_be_allowed(make_run: Make) -> None:
+    run = make_run()
+    done(run)
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("steps = 6", "steps = 9").replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(InputError, match=r"train.lr 0.01 in the checkpoint, 0.02 in the recipe"):
+        train(run, "cpu")
+    assert done(run, allow_changes=True)["step"] == 9
+    assert done(run)["skipped"]  # it belongs to the new recipe from now on
+
+
+@pytest.mark.parametrize(
+    "settings", [{"document_mask": True}, {"document_mask": True, "reset_positions": True}]
+)
+def test_documents_may_be_kept_apart(settings: dict[str, bool], make_run: Make) -> None:
+    plain, masked = make_run("plain"), make_run("masked", train=settings)
+    assert done(plain)["untrained_val_loss"] - 0.5 > done(masked)["val_loss"]
+    first = [line["grad_norm"] for line in (metrics(plain)[2], metrics(masked)[2])]
+    assert first[0] != first[1]
+
+
+def test_activation_checkpointing_changes_no_bit(make_run: Make) -> None:
+    plain, checkpointed = make_run("plain"), make_run("less", train={"activation_checkpointing": True})
+    done(plain)
+    done(checkpointed)
+    assert_equal(tensors(plain, 6), tensors(checkpointed, 6))
+
+
+def test_a_deterministic_run_trains(make_run: Make) -> None:
+    try:
+        assert done(make_run(train={"deterministic": True}))["step"] == 6
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(make_run: Make) -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -100,6 +101,110 @@ def test_the_loss_is_a_curve_with_ticks_and_a_table() -> None:
 def test_a_loss_that_is_not_finite_is_left_out_of_the_picture() -> None:
     (svg,) = pictures(report.curve_markdown("x", [{"step": 1, "loss": float("nan")}]))
     assert "no points yet" in [text.text for text in svg.iter(f"{SVG}text")]
+
+
+def test_the_page_tells_speed_memory_and_what_went_wrong() -> None:
+    metrics: list[dict[str, Any]] = [
+        {"step": 0, "steps": 400, "tokens": 0, "val_loss": 10.8, "val_bpb": 4.5},
+        {"step": 30, "steps": 400, "skipped": "the loss is nan"},
+        {"step": 100, "steps": 400, "rolled_back_from": 150, "reason": "gradient norm 90.0 <b>"},
+        {
+            "step": 200,
+            "steps": 400,
+            "tokens": 2_000_000,
+            "loss": 6.0,
+            "tokens_per_s": 31_000.4,
+            "mfu": 0.512,
+            "memory_bytes": 3 << 29,
+            "val_loss": 6.1,
+            "val_bpb": 2.5,
+        },
+    ]
+    page = report.curve_markdown("demo-1", metrics)
+    assert "\n\nstep 200 of 400, loss 6.000, 31,000 tokens/s, 0:01:05 left\n\n" in page
+    assert "| step | held-out loss | bits per byte | tokens/s | MFU | memory |\n" in page
+    assert "| 0 | 10.8000 | 4.5000 | – | – | – |\n" in page
+    assert "| 200 | 6.1000 | 2.5000 | 31,000 | 51.2% | 1.5 GiB |" in page
+    assert "## 1 skipped step and 1 roll-back\n\n- step 30: update skipped: the loss is nan\n" in page
+    assert "- step 100: rolled back from step 150: gradient norm 90.0 \\<b\\>\n" in page
+    (svg,) = pictures(page)
+    marks = [path for path in svg.iter(f"{SVG}path") if path.attrib["class"].startswith("mark")]
+    assert [path.attrib["class"] for path in marks] == [
+        "mark c",
+        "mark d",
+    ] * 2  # in the legend, in the picture
+    assert {"skipped step", "roll-back"} <= {text.text for text in svg.iter(f"{SVG}text")}
+
+
+@pytest.mark.parametrize(
+    ("line", "seconds"),
+    [
+        # the same after a resume: tokens are counted from the beginning
+        ({"step": 300, "steps": 400, "tokens": 300_000, "tokens_per_s": 1000.0}, 100),
+        ({"step": 400, "steps": 400, "tokens": 400_000, "tokens_per_s": 1000.0}, 0),
+        ({"step": 0, "steps": 400, "tokens": 0, "tokens_per_s": None}, None),
+        ({"step": 1, "steps": 400, "tokens": 1000, "tokens_per_s": None}, None),
+    ],
+)
+def test_the_time_left(line: dict[str, Any], seconds: int | None) -> None:
+    left = report.time_left(line)
+    assert (None if left is None else left.total_seconds()) == seconds
+
+
+def test_a_long_curve_keeps_its_ends_and_its_spikes() -> None:
+    points = [(float(x), 3.0 + x % 7 / 100) for x in range(50_000)]
+    points[31_234] = (31_234.0, 99.0)
+    points[777] = (777.0, 0.5)
+    kept = picture.thin(points)
+    assert len(kept) <= picture.POINTS + 2 and kept == sorted(kept)
+    assert {points[0], points[-1], points[31_234], points[777]} <= set(kept) <= set(points)
+    assert picture.thin(points[:400]) == points[:400]
+
+
+def test_the_loss_is_published_anew_with_each_held_out_loss_and_else_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = {"s": 0.0}, []
+    monkeypatch.setattr(report.time, "monotonic", lambda: now["s"])
+    page = report.LossPage(tmp_path)
+    line, scored = {"step": 1}, {"step": 2, "val_loss": 1.0}
+    assert [
+        (now.update(s=seconds), page.due(what))[1]
+        for seconds, what in (
+            (1, line),
+            (59, line),
+            (60, line),
+            (65, scored),
+            (69, line),
+            (70, line),
+            (71, line),
+        )
+    ] == [False, False, True, False, False, True, False]
+
+    class Client:
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update_artifact(self, identity: uuid.UUID, artifact: Any) -> None:
+            calls.append(("changed", identity))
+
+    def create(markdown: str, key: str, description: str) -> uuid.UUID:
+        made = uuid.uuid4()
+        calls.append(("made", made))
+        return made
+
+    monkeypatch.setattr(report, "create_markdown_artifact", create)
+    monkeypatch.setattr(report, "get_client", lambda sync_client: Client())
+    page = report.LossPage(tmp_path)
+    page.publish()
+    page.publish()
+    page.due(scored)
+    page.publish()
+    page.publish()
+    assert [what for what, _ in calls] == ["made", "changed", "made", "changed"]
+    assert calls[0][1] == calls[1][1] != calls[2][1] == calls[3][1]
 
 
 def test_the_scores_are_bars_largest_first() -> None:
