@@ -34,7 +34,7 @@ USUAL = {
 }
 
 # Python, torch and what reads the corpus; or a GPU's context, kernels and workspaces.
-FRAMEWORK = {"cpu": 600 << 20, "cuda": 1 << 30}
+FRAMEWORK = {"cpu": 450 << 20, "cuda": 1 << 30}
 HOST = 4 << 30  # main memory of a process that uses a GPU, beside the copy of a checkpoint
 
 

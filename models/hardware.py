@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -126,6 +127,18 @@ def this_machine(device: torch.device, processes: int = 1, *, idle: bool = False
     threads = torch.get_num_threads()
     name = f"CPU ({threads} thread{'s' if threads > 1 else ''})"
     return Machine(name, "cpu", free_memory() // processes, cpu_flops, fast_bf16(device))
+
+
+def peak_memory() -> int:
+    """Return the most bytes of main memory that this process has had.
+
+    Linux' ru_maxrss would not do: a process that was forked by a larger one begins with the size of that.
+    """
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def free_memory() -> int:

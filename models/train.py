@@ -11,7 +11,6 @@ are in the checkpoints and in metrics.jsonl: which blocks no step was made of, a
 import contextlib
 import math
 import random
-import resource
 import signal
 import sys
 import time
@@ -479,8 +478,7 @@ class Trainer:
         if self.processes.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.processes.device)
         else:
-            kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            memory = kilobytes if sys.platform == "darwin" else kilobytes * 1024
+            memory = hardware.peak_memory()
         return {
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": None if mfu is None else round(mfu, 4),

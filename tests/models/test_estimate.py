@@ -135,7 +135,7 @@ def test_a_block_keeps_what_autograd_keeps(shape: dict[str, Any], dtype: torch.d
 
 # Real steps in a process of their own, which keeps a checkpoint's copy as the trainer does; prints its peak.
 REAL = """
-import json, math, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 import models.train
@@ -143,6 +143,7 @@ from deployments import recipe as recipes
 from models import device
 from models.checkpoint import Saver
 from models.data import Batch
+from models.hardware import peak_memory
 from models.processes import Processes
 from models.step import Stepper
 
@@ -163,11 +164,11 @@ for step in range(3):
     if step == 0:
         weights = {key: value.detach() for key, value in stepper.decoder.named_parameters()}
         saver._copy(0, {"model": weights, "optimizer": dict(stepper.optimizers.state())})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     ("recipe", "changes"),
     [
@@ -201,7 +202,7 @@ def test_the_memory_suffices_and_is_not_far_too_much(
     reckoned = estimate.needed(estimate.memory(recipes.load(recipe, changes), machine), machine)
     ratio = reckoned / int(done.stdout)
     print(f"{recipe} {changes}: {reckoned >> 20} MiB reckoned, {int(done.stdout) >> 20} taken: {ratio:.2f}")
-    assert 0.9 <= ratio <= 1.7
+    assert 1.0 <= ratio <= 1.6
 
 
 CHECKPOINTING = "set train.activation_checkpointing = true"
