@@ -56,7 +56,7 @@ def two(run: Path, *command: str) -> list[tuple[int, str, str]]:
         )
         for rank in ("0", "1")
     ]
-    told = [process.communicate(timeout=120) for process in pair]
+    told = [process.communicate(timeout=150) for process in pair]
     return [(process.returncode, *said) for process, said in zip(pair, told, strict=True)]
 
 

@@ -138,7 +138,7 @@ def test_killed_and_started_again_gives_the_same_bits(where: str, saved: list[in
     undisturbed, killed = make_run("undisturbed"), make_run("killed")
     done(undisturbed)
     process = python("-c", KILLED, killed, where)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=150)
     assert process.returncode == -signal.SIGKILL, said
     assert [step for step, _ in runs.checkpoints(killed)] == saved
     done(killed)
@@ -169,7 +169,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(number: signal.Signals, code: i
         if json.loads(line)["step"] == 2:
             process.send_signal(number)
             break
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=150)[1]
     assert process.returncode == code, said
     folder = runs.latest_checkpoint(run)
     assert folder is not None
