@@ -49,7 +49,7 @@ def begun(served: Any, name: str, step: int) -> Path:
     def far_enough() -> list[Path]:
         return [one for one in (served.root / "runs").glob(f"{name}-*") if max(steps(one), default=0) >= step]
 
-    found: list[Path] = served.wait_for(f"step {step} of {name}", far_enough, 240)
+    found: list[Path] = served.wait_for(f"step {step} of {name}", far_enough, 400)
     return found[0]
 
 
@@ -57,14 +57,14 @@ def test_a_cancel_saves_and_the_next_run_goes_on(served: Any, long: Path) -> Non
     run = served.start_by_worker(long)
     folder = begun(served, "long", 60)
     served.api(f"flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"}, force=True)
-    served.wait_for("Cancelled", lambda: served.state(run) in ("Cancelled", "Crashed", "Failed"), 60)
+    served.wait_for("Cancelled", lambda: served.state(run) in ("Cancelled", "Crashed", "Failed"), 150)
     assert served.state(run) == "Cancelled"
     assert trainers(folder) == []
     saved = checkpoints(folder)[-1]
     assert 60 <= saved < 500 and saved % 50 != 0  # saved because of the cancel, where that found it
 
     again = served.start_by_worker(long)
-    served.wait_for("Completed", lambda: served.state(again) in ("Completed", "Crashed", "Failed"), 120)
+    served.wait_for("Completed", lambda: served.state(again) in ("Completed", "Crashed", "Failed"), 300)
     log = served.flow_log(again)
     assert served.state(again) == "Completed", log
     assert re.search(rf"going on from \S+/step-{saved:07}", log)
@@ -81,8 +81,8 @@ def test_a_killed_run_that_is_retried_in_the_ui_goes_on_at_its_checkpoint(served
     (trainer,) = trainers(folder)
     flow = int(Path(f"/proc/{trainer}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(flow, signal.SIGKILL)
-    served.wait_for("Crashed", lambda: served.state(run) == "Crashed", 60)
-    served.wait_for("the trainer's end", lambda: not trainers(folder), 30)
+    served.wait_for("Crashed", lambda: served.state(run) == "Crashed", 150)
+    served.wait_for("the trainer's end", lambda: not trainers(folder), 60)
     assert max(checkpoints(folder)) >= 50
 
     def running() -> bool:
@@ -93,9 +93,9 @@ def test_a_killed_run_that_is_retried_in_the_ui_goes_on_at_its_checkpoint(served
             served.api(f"flow_runs/{run}/set_state", state=retry, force=True)
         return bool(served.state(run) == "Running")
 
-    served.wait_for("Running", running, 60)
+    served.wait_for("Running", running, 150)
     # The slot `gpu` of the killed process is free when its lease of a minute has ended.
-    served.wait_for("Completed", lambda: served.state(run) in ("Completed", "Failed"), 180)
+    served.wait_for("Completed", lambda: served.state(run) in ("Completed", "Failed"), 400)
     log = served.flow_log(run)
     assert served.state(run) == "Completed", log
     found = re.findall(r"going on from \S+/step-(\d+)", log)
@@ -125,7 +125,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.checkout.wait_for("the server", self.answers, 90, self.process)
+        self.checkout.wait_for("the server", self.answers, 200, self.process)
 
     def answers(self) -> bool:
         try:
@@ -167,7 +167,7 @@ def test_training_outlives_the_server(server: Server, checkout: Any, long: Path,
     server.kill()
     before = steps(folder)[-1]
     # More lines than a pipe holds that nobody reads: 64 KB of some 250 bytes each.
-    checkout.wait_for("300 lines without a server", lambda: steps(folder)[-1] > before + 300, 120, flow)
+    checkout.wait_for("300 lines without a server", lambda: steps(folder)[-1] > before + 300, 300, flow)
     assert not server.answers() and steps(folder)[-1] < 700
     server.start()
     assert flow.wait(200) == 0, log.read_text()

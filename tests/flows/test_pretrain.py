@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(400)  # the first test also waits for the server, the worker and a whole run
+pytestmark = pytest.mark.timeout(900)  # the first test also waits for the server, the worker and a whole run
 
 
 @pytest.fixture(scope="module")
