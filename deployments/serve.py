@@ -77,6 +77,8 @@ def settings(url: str, host: str, port: int) -> dict[str, str]:
         # A page of another site in the same browser must neither read from nor write to this server.
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{url},http://localhost:{port}",
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # In memory, as is the default, a restart forgets who holds a slot, and the slot stays taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }

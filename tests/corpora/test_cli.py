@@ -60,7 +60,8 @@ def test_estimate_tells_both_halves(run: Run) -> None:
     told = run("estimate", "13m")
     assert told.returncode == 0, told.stderr
     rows = {line.split()[0]: line for line in told.stdout.splitlines()}
-    assert list(rows) == ["shards", "text", "tokens", "disk", "prepare", "model", "GPU"]
+    memory = "memory parameters gradients optimizer activations loss framework copy in".split()
+    assert list(rows) == ["shards", "text", "tokens", "disk", "prepare", "model", *memory, "time", "GPU"]
     assert rows["shards"] == "shards     2, about 11,490,428,427 bytes; about 11,490,428,427 to download"
     assert "13,200,576 parameters, trained on 268,435,200 tokens" in rows["model"]
     assert "measured on Python's own sources" in rows["prepare"]

@@ -41,7 +41,7 @@ SIZE = len(BYTES)
 SHA256 = hashlib.sha256(BYTES).hexdigest()
 CANARY = "canaryTOKENcanary"
 SOON = Patience(connect=5, read=5, window=5, least=10_000, tries=4, total=0.5, backoff=0.01, longest_wait=5)
-HASTY = replace(SOON, read=0.2, tries=3)  # for a server that stalls
+HASTY = replace(SOON, read=0.2, tries=3, total=1)  # for a server that stalls
 WATCHFUL = replace(SOON, window=0.3, tries=3, total=1.5)  # for one that drips
 PATIENCE = {"stall": HASTY, "stall-always": HASTY, "drip": WATCHFUL, "drip-always": WATCHFUL}
 

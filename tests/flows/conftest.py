@@ -3,7 +3,6 @@
 The copy keeps the tests out of the developer's own `.env`, `.prefect/`, `data/` and `runs/`.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,12 +12,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import zstandard
+
+sys.path.append(str(Path(__file__).parent))
+
+from tiny_corpus import make_corpus, make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("corpora", "deployments", "flows", "models", "tasks")
@@ -165,95 +167,12 @@ def served(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert not (checkout.root / ".env").exists()
 
 
-def make_corpus(
-    folder: Path, shards: Mapping[str, range], broken: Sequence[str] = (), unknown: Sequence[str] = ()
-) -> Path:
-    """Write compressed shards and their lock; return the lock's path.
-
-    A broken shard is cut off in the middle, and its hash in the lock is that of the half; an unknown one has
-    no hash there.
-    """
-    entries = []
-    for shard, numbers in shards.items():
-        lines = [
-            {
-                "text": f"Page {n}. " + "The cat sat on the mat and the dog ran to the park. " * 12,
-                "meta": {"pile_set_name": "cats" if n % 2 else "dogs"},
-            }
-            for n in numbers
-        ]
-        data = zstandard.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        if shard in broken:
-            data = data[: len(data) // 2]
-        path = folder / f"{shard}.jsonl.zst"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry = {"name": shard, "path": f"{shard}.jsonl.zst", "size": len(data), "sha256": sha256}
-        entries.append(
-            {key: value for key, value in entry.items() if key != "sha256" or shard not in unknown}
-        )
-    lock = folder / "lock.json"
-    lock.write_text(json.dumps({"corpus": folder.name, "url": ".", "revision": None, "files": entries}))
-    return lock
-
-
-def make_recipe(path: Path, lock: Path, train: str = "steps = 6\nlog_every = 2\neval_every = 3") -> Path:
-    """Write a recipe of a two-layer model."""
-    path.write_text(
-        f"""
-description = "A tiny model for the tests."
-[corpus]
-name = "{lock.parent.name}"
-train = ["train/00", "train/01"]
-val = ["val"]
-lock = "{lock}"
-[tokenizer]
-kind = "tiktoken"
-name = "r50k_base"
-bos = 50256
-eos = 50256
-[blocks]
-length = 32
-[model]
-norm = "rmsnorm"
-positions = "rope"
-mlp = "swiglu"
-layers = 2
-width = 16
-heads = 2
-ffn = 32
-vocab = 50304
-context = 32
-[train]
-{train}
-batch = 4
-lr = 0.01
-eval_blocks = 4
-[evaluate]
-bytes = 2000
-[generate]
-prompts = ["The cat"]
-max_new_tokens = 8
-"""
-    )
-    return path
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe over three sound shards, of which one is trusted on first use."""
     folder = tmp_path_factory.mktemp("tiny")
     shards = {"train/00": range(40), "train/01": range(40, 80), "val": range(80, 86)}
     return make_recipe(folder / "tiny.toml", make_corpus(folder / "tiny-corpus", shards, unknown=["val"]))
-
-
-@pytest.fixture(scope="session")
-def long(tiny: Path) -> Path:
-    """A recipe over the same shards that trains for some ten seconds and saves every second or two."""
-    # A text that is known by heart gives gradients that are tiny but for the odd step: nothing to skip or undo.
-    train = "steps = 500\nsave_every = 50\nlog_every = 10\neval_every = 250\nspikes = {factor = 0}"
-    return make_recipe(tiny.with_name("long.toml"), tiny.parent / "tiny-corpus" / "lock.json", train)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,26 @@ from typing import Any
 
 import pytest
 
+from deployments.serve import settings
+
+sys.path.append(str(Path(__file__).parent))
+
+from tiny_corpus import make_corpus, make_recipe
+
 pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def long(checkout: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A recipe that trains for some ten seconds and saves every second or two."""
+    folder = tmp_path_factory.mktemp("long")
+    lock = make_corpus(
+        folder / "long-corpus", {"train/00": range(40), "train/01": range(40, 80), "val": range(80, 86)}
+    )
+    # A text that is known by heart gives gradients that are tiny but for the odd step: nothing to skip or undo.
+    train = "steps = 500\nsave_every = 50\nlog_every = 10\neval_every = 250\nspikes = {factor = 0}"
+    yield make_recipe(folder / "long.toml", lock, train)
+    shutil.rmtree(checkout.root / "runs")  # the tests that come later know their own runs only
 
 
 def checkpoints(folder: Path) -> list[int]:
@@ -110,10 +130,13 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        url = f"http://127.0.0.1:{port}/api"
-        own = {"PREFECT_HOME": str(home), "PREFECT_API_URL": url, "PREFECT_SERVER_API_PORT": str(port)}
-        self.checkout = checkout._replace(environment={**checkout.environment, **own})
-        self.url, self.log = url, home.with_name("server.log")
+        url = f"http://127.0.0.1:{port}"
+        own = {**settings(url, "127.0.0.1", port), **checkout.environment}
+        own |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_PORT": str(port)}
+        # The test asks without a token.
+        own |= {"PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "false"}
+        self.checkout = checkout._replace(environment=own)
+        self.url, self.log = f"{url}/api", home.with_name("server.log")
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -190,9 +213,9 @@ log = Path(sys.argv[1])
 body = f'''
 import json, time
 log = open({str(log)!r}, "a")
-log.write(f"{{time.time()}} begin\\n"); log.flush()
+print(time.time(), "begin", file=log, flush=True)
 time.sleep(3)
-log.write(f"{{time.time()}} end\\n"); log.flush()
+print(time.time(), "end", file=log, flush=True)
 print(json.dumps({{"event": "result", "skipped": False, "step": 1}}))
 '''
 child.python = lambda *_: [sys.executable, "-c", body]
