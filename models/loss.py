@@ -113,9 +113,8 @@ class _Head(torch.autograd.Function):
             torch.softmax(p_CV, -1, out=p_CV)  # in place: each row is read to its end before it is written
             at = torch.arange(len(p_CV), device=here), at_N[rows]
             p_target_N[rows] = p_CV[at]
-            p_CV[at] -= (
-                1  # from here on the gradient by the logits; (scatter_ would copy all of a bf16 tensor)
-            )
+            # From here on it is the gradient by the logits.  (scatter_ would copy all of a bf16 tensor.)
+            p_CV[at] -= 1
             if d_hidden is not None:
                 d_hidden[rows] = p_CV @ w_VD
             if wants_weight and d_weight is None:

@@ -1,10 +1,14 @@
 """Fixtures that several rooms use."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from corpora import demo
+
+# A shell that put the tests into the background had them ignore Ctrl-C, and every process inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
