@@ -41,6 +41,7 @@ def pretrain(
     shards: int | None = None,
     steps: int | None = None,
     device: Device = "auto",
+    processes: int = 1,
     workers: int | None = None,
     downloads: int = 4,
     overrides: dict[str, Any] | None = None,
@@ -55,6 +56,7 @@ def pretrain(
         shards: Train on this many of the recipe's train shards only.
         steps: Train for this many steps instead of the recipe's.
         device: Where the model runs; auto takes a GPU when there is one.
+        processes: Processes that train together, one for each GPU.
         workers: Processes that turn text into blocks, over all shards; by default one for each core.
         downloads: Shards that are fetched at the same time.
         overrides: Other keys of the recipe to change, such as {"train.lr": 0.003}.
@@ -63,10 +65,10 @@ def pretrain(
     logs.begin()
     child.allow()
     workers = cores() if workers is None else workers
-    settings = choose(recipe, shards, steps, workers, downloads, overrides)
+    settings = choose(recipe, shards, steps, processes, workers, downloads, overrides)
     name, corpus = Path(recipe).stem, settings.corpus
     toml = settings.toml()
-    unknown = check(name, settings, toml, device, allow_cpu)
+    unknown = check(name, settings, toml, device, processes, allow_cpu)
     fetcher: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=downloads)
     runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=workers)
     with fetcher, runner:
@@ -85,7 +87,7 @@ def pretrain(
         shards_done = every_shard(names, fetched, prepared)
     report.ledger(run, settings, shards_done)
 
-    trained = train(run, device, allow_cpu, return_state=True).result()
+    trained = train(run, device, processes, allow_cpu, return_state=True).result()
     scores = evaluate(run, device)
     generate(run, device)
     return {
@@ -102,13 +104,14 @@ def choose(
     recipe: str,
     shards: int | None,
     steps: int | None,
+    processes: int,
     workers: int,
     downloads: int,
     overrides: dict[str, Any] | None,
 ) -> recipes.Recipe:
     """Load the recipe with the flow's parameters put in."""
     changes = dict(overrides or {})
-    for key, count in (("workers", workers), ("downloads", downloads)):
+    for key, count in (("processes", processes), ("workers", workers), ("downloads", downloads)):
         if count < 1:
             raise InputError(f"{key} is {count}; at least 1 is needed")
     if shards is not None:
@@ -131,14 +134,18 @@ def main() -> None:
     parser.add_argument("--shards", type=int, help="train on the first SHARDS train shards only")
     parser.add_argument("--steps", type=int, help="train for STEPS steps instead of the recipe's")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that train together, one for each GPU"
+    )
     parser.add_argument("--workers", type=int, help="processes that make blocks; default: one for each core")
     parser.add_argument("--downloads", type=int, default=4, help="shards fetched at the same time")
     parser.add_argument(
         "--allow-cpu", action="store_true", help="train without a GPU even if that takes more than a month"
     )
     arguments = parser.parse_args()
+    given = arguments
     choose(
-        arguments.recipe, arguments.shards, arguments.steps, arguments.workers or 1, arguments.downloads, None
+        given.recipe, given.shards, given.steps, given.processes, given.workers or 1, given.downloads, None
     )
     with cli.reachable_server():
         done = pretrain(**vars(arguments))

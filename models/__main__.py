@@ -41,13 +41,7 @@ def main() -> int:
         "does not fit with the first settings that do. Nothing is read or downloaded but the recipe.",
     )
     step.add_argument("recipe", metavar="RECIPE", help="a name in deployments/ or a path ending in .toml")
-    step.add_argument(
-        "--processes",
-        metavar="N",
-        type=_count,
-        default=1,
-        help="that train together, one for each GPU; default: 1",
-    )
+    _processes_argument(step)
     _device_argument(step)
     _allow_cpu_argument(step)
     step.add_argument("--events", action="store_true", help="report the result as a JSON line")
@@ -56,9 +50,10 @@ def main() -> int:
         "train",
         help="train to the recipe's last step, or go on from the newest checkpoint",
         description="Train to the recipe's last step, or go on from the newest checkpoint. Ctrl-C saves and stops. "
-        "For several GPUs: torchrun --nproc-per-node N -m models train RUN",
+        "For GPUs of several machines, start it with torchrun.",
     )
     _run_arguments(step, events=True)
+    _processes_argument(step)
     _allow_cpu_argument(step)
     step.add_argument(
         "--allow-changes",
@@ -144,6 +139,16 @@ def _run_arguments(step: argparse.ArgumentParser, *, events: bool) -> None:
 def _device_argument(step: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+
+
+def _processes_argument(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--processes",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="that train together, one for each GPU; default: 1",
     )
 
 
@@ -243,7 +248,13 @@ def _estimate(recipe: str, device: Any, processes: int, allow_cpu: bool, events:
     return 0
 
 
-def _train(run: Path, device: Any, events: bool, allow_cpu: bool, allow_changes: bool) -> int:
+def _train(run: Path, device: Any, events: bool, processes: int, allow_cpu: bool, allow_changes: bool) -> int:
+    if processes > 1:
+        from models.launch import launch
+
+        flags = {"--events": events, "--allow-cpu": allow_cpu, "--allow-changes": allow_changes}
+        given = [flag for flag, there in flags.items() if there]
+        return launch(processes, ["train", str(run), "--device", device, *given])
     from models.train import Stopped, train
 
     done = train(run, device, events=events, allow_changes=allow_changes, allow_cpu=allow_cpu)

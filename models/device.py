@@ -25,6 +25,11 @@ def choose(wanted: Device, local_rank: int = 0) -> torch.device:
             torch.set_num_threads(min(cores(), MOST_THREADS))
         _keep_memory()
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank + 1} of this machine has no GPU for itself: torch finds "
+            f"{torch.cuda.device_count()}; start as many processes as there are GPUs"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -300,9 +300,13 @@ def preflight(
 def plan(settings: RunSettings, machine: Machine, *, processes: int = 1, allow_cpu: bool = False) -> Plan:
     """Plan the training of a recipe on a machine.
 
-    Raises InputError for what does not fit, with the first settings that do, and for what would take months
-    because there is no GPU, unless `allow_cpu`.
+    Raises InputError for what does not fit, with the first settings that do; for what would take months because
+    there is no GPU, unless `allow_cpu`; and for blocks that cannot be shared out equally.
     """
+    if settings.train.batch % processes:
+        raise InputError(
+            f"train.batch {settings.train.batch} cannot be shared equally by {processes} processes"
+        )
     operations = tokens(settings) * flops_per_token(settings)
     if machine.kind == "cpu" and not allow_cpu and operations > LONGEST * SLOWEST:
         seconds = _seconds(settings, machine, processes)
@@ -371,7 +375,11 @@ def _cure(settings: RunSettings, machine: Machine, processes: int) -> str:
         )
 
     tries: Iterator[tuple[int, int]] = ((processes, n) for n in range(len(measures) + 1))
-    more = [] if machine.kind == "cpu" else [n for n in (2, 4, 8, 16, 32, 64) if n > processes]
+    more = (
+        []
+        if machine.kind == "cpu"
+        else [n for n in (2, 4, 8, 16, 32, 64) if n > processes and train.batch % n == 0]
+    )
     for count, last in (*tries, *((n, len(measures)) for n in more)):
         chosen = [one for one in measures[:last] if count == processes or one[1] != "adamw8bit"]
         if not fit(chosen, 1, count):
@@ -388,7 +396,7 @@ def _cure(settings: RunSettings, machine: Machine, processes: int) -> str:
         told = f"set {', '.join(keys)}" if keys else ""
         if count == processes:
             return told
-        over = f"train on {count} of them together (torchrun --nproc-per-node {count} -m models train RUN)"
+        over = f"train on {count} of them together (--processes {count})"
         return f"{over} and {told}" if told else over
     least = _changed(settings, {**dict(measures), "micro_batch": 1})
     left = needed(memory(least, machine, processes, _parallel(least, machine, processes)), machine)

@@ -150,10 +150,6 @@ class Trainer:
         self.run, self.settings, self.processes = run, settings, processes
         self.allow_changes = allow_changes
         train, corpus = settings.train, settings.corpus
-        if train.batch % processes.size:
-            raise InputError(
-                f"train.batch {train.batch} cannot be shared equally by {processes.size} processes"
-            )
         self.tokenizer: Tokenizer = for_recipe(settings, data_root())
         if processes.rank == 0:
             keep_model(self.tokenizer, run)

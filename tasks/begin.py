@@ -18,7 +18,12 @@ log = logging.getLogger(__name__)
 
 @task(task_run_name="check {name}", cache_policy=NO_CACHE)
 def check(
-    name: str, settings: RunSettings, toml: str, device: str = "auto", allow_cpu: bool = False
+    name: str,
+    settings: RunSettings,
+    toml: str,
+    device: str = "auto",
+    processes: int = 1,
+    allow_cpu: bool = False,
 ) -> list[str]:
     """Check vocabulary, memory, time, lock and disk, before anything is downloaded.
 
@@ -34,7 +39,7 @@ def check(
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "
             f"set model.vocab to at least {vocabulary}"
         )
-    for line in preflight(name, toml, device, allow_cpu).splitlines():
+    for line in preflight(name, toml, device, processes, allow_cpu).splitlines():
         log.info("%s", line)
     known = lock.load_lock(corpus, data)
     found = estimate.estimate(settings, data)
@@ -60,7 +65,7 @@ def begin(name: str, settings: RunSettings, toml: str) -> Path:
     return run
 
 
-def preflight(name: str, toml: str, device: str, allow_cpu: bool) -> str:
+def preflight(name: str, toml: str, device: str, processes: int, allow_cpu: bool) -> str:
     """Return the table of memory and time that training takes on this machine; refuse what it has not.
 
     In a child process, since torch would take two seconds and 300 MB of Prefect's own.
@@ -68,7 +73,9 @@ def preflight(name: str, toml: str, device: str, allow_cpu: bool) -> str:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / f"{name}.toml"
         recipe.write_text(toml, "utf-8")
-        command = child.python("models", "estimate", recipe, "--device", device, "--events")
+        command = child.python(
+            "models", "estimate", recipe, "--device", device, "--processes", str(processes), "--events"
+        )
         if allow_cpu:
             command.append("--allow-cpu")
         return str(child.run(command)["text"])

@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
     cache_policy=NO_CACHE,
     tags=["train"],
 )
-def train(run: Path, device: str, allow_cpu: bool = False) -> dict[str, Any]:
+def train(run: Path, device: str, processes: int = 1, allow_cpu: bool = False) -> dict[str, Any]:
     """Train to the recipe's last step.  Call it directly: only the main thread hears of a cancel."""
-    command = child.python("models", "train", run, "--device", device, "--events")
+    command = child.python(
+        "models", "train", run, "--device", device, "--processes", str(processes), "--events"
+    )
     if allow_cpu:
         command.append("--allow-cpu")
     page = report.LossPage(run)

@@ -13,31 +13,35 @@ from flows.pretrain import choose
 
 
 def test_parameters_change_the_recipe() -> None:
-    recipe = choose("demo", 1, 30, 2, 4, {"train.lr": 0.5})
+    recipe = choose("demo", 1, 30, 1, 2, 4, {"train.lr": 0.5})
     assert (recipe.corpus.train, recipe.train.steps, recipe.train.lr) == (("train/00",), 30, 0.5)
-    assert choose("demo", None, None, 2, 4, None).corpus.train == ("train/00", "train/01")
+    assert choose("demo", None, None, 1, 2, 4, None).corpus.train == ("train/00", "train/01")
 
 
 def test_one_budget_takes_the_place_of_the_other() -> None:
-    recipe = choose("llama-250m", None, 30, 2, 4, None)  # which says tokens
+    recipe = choose("llama-250m", None, 30, 1, 2, 4, None)  # which says tokens
     assert (recipe.train.steps, recipe.train.tokens) == (30, None)
-    assert choose("llama-250m", None, None, 2, 4, {"train.steps": 30}).train.last_step == 30
-    recipe = choose("demo", None, None, 2, 4, {"train.tokens": 4 * 255 * 70})  # which says steps
+    assert choose("llama-250m", None, None, 1, 2, 4, {"train.steps": 30}).train.last_step == 30
+    recipe = choose("demo", None, None, 1, 2, 4, {"train.tokens": 4 * 255 * 70})  # which says steps
     assert (recipe.train.last_step, recipe.train.tokens) == (70, 4 * 255 * 70)
     with pytest.raises(InputError, match=r"leave one of them out"):
-        choose("demo", None, 60, 2, 4, {"train.tokens": 4 * 255 * 70})
+        choose("demo", None, 60, 1, 2, 4, {"train.tokens": 4 * 255 * 70})
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (("nothing", None, None, 2, 4, None), "recipe 'nothing' is unknown; known: 13m, "),
-        (("demo", 3, None, 2, 4, None), "shards is 3; recipe demo has 2 train shards"),
-        (("demo", 0, None, 2, 4, None), "shards is 0; recipe demo has 2 train shards"),
-        (("demo", None, 0, 2, 4, None), r"\[train\] steps: .*greater than or equal to 1"),
-        (("demo", None, None, 0, 4, None), "workers is 0; at least 1 is needed"),
-        (("demo", None, None, 2, 0, None), "downloads is 0; at least 1 is needed"),
-        (("demo", None, None, 2, 4, {"train.learning_rate": 1}), r"learning_rate: unknown key \(known: seed"),
+        (("nothing", None, None, 1, 2, 4, None), "recipe 'nothing' is unknown; known: 13m, "),
+        (("demo", 3, None, 1, 2, 4, None), "shards is 3; recipe demo has 2 train shards"),
+        (("demo", 0, None, 1, 2, 4, None), "shards is 0; recipe demo has 2 train shards"),
+        (("demo", None, 0, 1, 2, 4, None), r"\[train\] steps: .*greater than or equal to 1"),
+        (("demo", None, None, 0, 2, 4, None), "processes is 0; at least 1 is needed"),
+        (("demo", None, None, 1, 0, 4, None), "workers is 0; at least 1 is needed"),
+        (("demo", None, None, 1, 2, 0, None), "downloads is 0; at least 1 is needed"),
+        (
+            ("demo", None, None, 1, 2, 4, {"train.learning_rate": 1}),
+            r"learning_rate: unknown key \(known: seed",
+        ),
     ],
 )
 def test_parameters_that_make_no_sense(parameters: tuple[Any, ...], message: str) -> None:

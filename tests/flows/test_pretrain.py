@@ -104,9 +104,9 @@ def test_one_bad_shard_fails_the_flow_by_its_name(served: Any, half: Path) -> No
     assert [path.name for path in folder.iterdir()] == ["recipe.toml"]
 
 
-def test_a_stopped_flow_stops_its_trainer_which_saves(served: Any, tiny: Path, tmp_path: Path) -> None:
+def test_a_stopped_flow_stops_its_trainers_which_save(served: Any, tiny: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    flow = served.start("flows.pretrain", str(tiny), "--steps", "500000", log=log)
+    flow = served.start("flows.pretrain", str(tiny), "--steps", "500000", "--processes", "2", log=log)
     served.wait_for("training", lambda: "step 4/500,000" in log.read_text(), 90, flow)
     (folder,) = (
         one for one in (served.root / "runs").glob("tiny-*") if "500000" in (one / "recipe.toml").read_text()

@@ -124,12 +124,19 @@ def test_one_that_cannot_begin_ends_all(make_run: Make) -> None:
     assert "Traceback" not in first[2] + second[2]
 
 
-def test_a_signal_to_one_stops_and_saves_all(make_run: Make) -> None:
+TORCHRUN = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+
+
+@pytest.mark.parametrize("by", ["ourselves", "torchrun"])
+def test_a_signal_to_the_launcher_stops_and_saves_all(by: str, make_run: Make) -> None:
     run = make_run(train={**ADAMW, "steps": 100_000, "save_every": 100_000, "eval_every": 100_000})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = ["-m", "models", "train", str(run), "--device", "cpu"]
+    command = ["models", "train", str(run), "--device", "cpu"]
+    if by == "torchrun":
+        command = [*TORCHRUN, "--nproc-per-node", "2", "-m", *command]
+    else:
+        command += ["--processes", "2"]
     process = subprocess.Popen(
-        [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *command],
+        [sys.executable, "-m", *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -146,6 +153,60 @@ def test_a_signal_to_one_stops_and_saves_all(make_run: Make) -> None:
     assert folder is not None, said
     assert checkpoint.read_state(folder).step >= 3
     assert "stopped by SIGTERM after step" in said
+    if by == "ourselves":
+        assert process.returncode == 143
+        assert "Traceback" not in said and "elastic" not in said
+
+
+def launched(run: Path, **more: str) -> "subprocess.CompletedProcess[str]":
+    """Train a run with two processes that `--processes` starts."""
+    return subprocess.run(
+        [sys.executable, *TRAIN, "train", str(run), "--device", "cpu", "--processes", "2", "--events"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+
+def test_processes_of_our_own(make_run: Make) -> None:
+    one, pair = make_run("one", train=ADAMW), make_run("pair", train=ADAMW)
+    train(one, "cpu")
+    done = launched(pair)
+    assert (done.returncode, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events].count("result") == 1 and events[-1]["step"] == 6
+    assert_near(one, pair, 6, 1e-5)
+
+    refused = launched(make_run("three", train={**ADAMW, "batch": 3}))
+    assert refused.returncode == 2
+    assert "error: train.batch 3 cannot be shared equally by 2 processes\n" in refused.stderr
+    assert "Traceback" not in refused.stderr and "elastic" not in refused.stderr
+
+
+def test_a_process_that_is_killed_ends_the_others(make_run: Make) -> None:
+    run = make_run(train={**ADAMW, "steps": 100_000, "save_every": 100_000, "eval_every": 100_000})
+    process = subprocess.Popen(
+        [sys.executable, *TRAIN, "train", str(run), "--device", "cpu", "--processes", "2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 137
+    assert "error: process 1 of 2 was killed by SIGKILL\n" in said
+    assert not Path(f"/proc/{ranks[0]}").exists()
 
 
 @pytest.mark.parametrize(("parallel", "rank"), [("ddp", "1"), ("fsdp", "0")])

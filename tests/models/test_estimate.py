@@ -268,7 +268,7 @@ def test_bf16_comes_before_what_costs_time() -> None:
 
 
 def test_what_one_gpu_cannot_hold_several_may() -> None:
-    with pytest.raises(InputError, match=r": train on \d+ of them together \(torchrun --nproc-per-node \d+ "):
+    with pytest.raises(InputError, match=r": train on \d+ of them together \(--processes \d+\)"):
         plan(settings("2b"), gpu("Tesla T4", 14.6))
     with pytest.raises(
         InputError, match=r"nothing that can be set brings it below 22\.\d GiB; use a machine with"
@@ -334,6 +334,12 @@ def test_the_table() -> None:
     assert "over 2 processes" in plan(settings("13m"), H100, processes=2).text
     unknown = Machine("Some GPU", "cuda", 80 * GIB, lambda _: None)
     assert "time        not known: the table of peaks has no Some GPU\n" in plan(settings("2b"), unknown).text
+
+
+def test_a_batch_must_divide_by_the_processes() -> None:
+    with pytest.raises(InputError, match=r"train.batch 4 cannot be shared equally by 3 processes"):
+        plan(settings("demo"), cpu(8), processes=3)
+    assert plan(settings("demo"), cpu(8), processes=2).processes == 2
 
 
 def test_the_command() -> None:

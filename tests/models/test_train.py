@@ -407,13 +407,6 @@ def test_micro_batches_change_nothing_but_rounding(make_run: Make) -> None:
         torch.testing.assert_close(tensors(parts, 6)[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_a_batch_must_divide_by_the_processes(make_run: Make) -> None:
-    run = make_run()
-    three = processes.Processes(0, 3, CPU)
-    with pytest.raises(InputError, match=r"train.batch 4 cannot be shared equally by 3 processes"):
-        Trainer(run, runs.read_settings(run), three, None)
-
-
 def test_other_blocks_are_refused(make_run: Make, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run()
     done(run)
