@@ -25,8 +25,10 @@ SLOWEST = (
 SHARE = (
     0.4  # of its peak that a GPU reaches in a good training loop on models of 1B and more; small ones less
 )
-# Of the speed of its matrix products that a CPU reaches, in models of 7M to 250M parameters.
-CPU_SHARE = {torch.float32: 0.7, torch.bfloat16: 0.4}
+# Of the speed of its matrix products that a CPU reaches, in models of 7M and 13M parameters and in one of 250M: in
+# narrow ones all that is no product takes most of the time.
+WIDE = 512
+CPU_SHARE = {torch.float32: (0.55, 0.9), torch.bfloat16: (0.17, 0.35)}
 USUAL = {
     "H100": "NVIDIA H100 80GB HBM3",
     "A100": "NVIDIA A100-SXM4-80GB",
@@ -413,8 +415,12 @@ def _seconds(settings: RunSettings, machine: Machine, processes: int) -> float |
     peak = machine.peak(dtype)
     if peak is None:
         return None
-    speed = peak * (CPU_SHARE[dtype] if machine.kind == "cpu" else SHARE * processes)
+    speed = peak * (_cpu_share(settings.model, dtype) if machine.kind == "cpu" else SHARE * processes)
     return tokens(settings) * flops_per_token(settings) / speed
+
+
+def _cpu_share(model: Model, dtype: torch.dtype) -> float:
+    return CPU_SHARE[dtype][model.width >= WIDE]
 
 
 def _time(settings: RunSettings, machine: Machine, processes: int) -> str:
@@ -423,9 +429,8 @@ def _time(settings: RunSettings, machine: Machine, processes: int) -> str:
         return f"not known: the table of peaks has no {machine.name}"
     peak = f"{(machine.peak(dtype) or 0) / 1e12:,.3g} TFLOP/s"
     if machine.kind == "cpu":
-        return (
-            f"about {_duration(seconds)}, at {CPU_SHARE[dtype]:.0%} of the {peak} that were measured just now"
-        )
+        share = _cpu_share(settings.model, dtype)
+        return f"about {_duration(seconds)}, at {share:.0%} of the {peak} that were measured just now"
     each = f" of each of {processes}" if processes > 1 else ""
     return f"about {_duration(seconds)}, at {SHARE:.0%} of its peak of {peak}{each}"
 

@@ -39,8 +39,7 @@ def check(
             f"recipe {name}: the tokenizer has {vocabulary} ids, but model.vocab is {settings.model.vocab}; "
             f"set model.vocab to at least {vocabulary}"
         )
-    for line in preflight(name, toml, device, processes, allow_cpu).splitlines():
-        log.info("%s", line)
+    log.info("what training takes here:\n%s", preflight(name, toml, device, processes, allow_cpu))
     known = lock.load_lock(corpus, data)
     found = estimate.estimate(settings, data)
     estimate.check_space(found, data, prepare=True)
