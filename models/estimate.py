@@ -6,25 +6,21 @@ the sums for a block against what autograd saves.  Sizes are in bytes.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from corpora.errors import InputError
 from models import loss
 from models.hardware import Machine, peak_flops, this_machine
-from models.settings import Model, RunSettings, Train
-
-Parallel = Literal["none", "ddp", "fsdp"]
+from models.settings import Model, Parallel, RunSettings, Train
 
 DAY = 86_400.0
 LONGEST = 30 * DAY  # that training without a GPU may take, unless it is allowed to take longer
-SLOWEST = (
-    1e9  # operations per second that the slowest CPU makes: what takes a month even so need not be measured
-)
-SHARE = (
-    0.4  # of its peak that a GPU reaches in a good training loop on models of 1B and more; small ones less
-)
+# Operations per second that the slowest CPU makes: what takes less than a month even so need not be measured.
+SLOWEST = 1e9
+# Of its peak that a GPU reaches in a good training loop on models of 1B and more; small ones less.
+SHARE = 0.4
 # Of the speed of its matrix products that a CPU reaches, in models of 7M and 13M parameters and in one of 250M: in
 # narrow ones all that is no product takes most of the time.
 WIDE = 512
@@ -233,9 +229,7 @@ def head_bytes(model: Model, N: int, dtype: torch.dtype, *, on_cuda: bool) -> in
     size, D = dtype.itemsize, model.width
     cast = dtype == torch.bfloat16
     logits = min(N, loss.CUDA_CHUNK if on_cuda else loss.CHUNK) * model.vocab * size
-    weight = (
-        8 * model.vocab * D if cast else 0
-    )  # the head's copy, and one chunk's gradient before it is added
+    weight = 8 * model.vocab * D if cast else 0  # the head's copy, and a chunk's gradient before it is added
     hidden = 12 * D + 4 + (4 * D if model.norm == "rmsnorm" and not on_cuda else 0)
     return logits + weight + N * (hidden + size * D * (2 if cast else 1))
 
@@ -377,11 +371,8 @@ def _cure(settings: RunSettings, machine: Machine, processes: int) -> str:
         )
 
     tries: Iterator[tuple[int, int]] = ((processes, n) for n in range(len(measures) + 1))
-    more = (
-        []
-        if machine.kind == "cpu"
-        else [n for n in (2, 4, 8, 16, 32, 64) if n > processes and train.batch % n == 0]
-    )
+    several = () if machine.kind == "cpu" else (2, 4, 8, 16, 32, 64)
+    more = [n for n in several if n > processes and train.batch % n == 0]
     for count, last in (*tries, *((n, len(measures)) for n in more)):
         chosen = [one for one in measures[:last] if count == processes or one[1] != "adamw8bit"]
         if not fit(chosen, 1, count):

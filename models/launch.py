@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 
 from corpora.parallel import cores
+from models.device import MOST_THREADS
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -21,7 +22,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
     logging.disable(logging.ERROR)  # the processes say themselves what is wrong, in a line instead of a table
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(cores() // processes, MOST_THREADS))))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

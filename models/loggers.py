@@ -212,9 +212,8 @@ class TensorBoard:
         self._write(Event(wall_time=begun, file_version="brain.Event:2"))
         # A TensorBoard that is running has read the files before: this makes it forget them.
         self._write(Event(wall_time=begun, step=0, session_log=SessionLog(status=SessionLog.START)))
-        rows = [
-            f"    {key} = {value}".replace("\n", "\\n") for key, value in flat(self.settings)
-        ]  # as it stands
+        # Four blanks: Markdown leaves it as it stands.
+        rows = [f"    {key} = {value}".replace("\n", "\\n") for key, value in flat(self.settings)]
         if rows:
             self._text("settings", "\n".join(rows), 0, begun)
         for line in lines:
@@ -231,7 +230,7 @@ class TensorBoard:
         """Write one line."""
         if (
             not self.path.exists() or not self.path.stat().st_size
-        ):  # removed by hand, or by `replay` beside us
+        ):  # removed, or emptied by `replay` beside us
             return self.start(read_lines(self.metrics))
         self._line(line)
         self.records.flush()

@@ -65,9 +65,7 @@ def read_settings(run: Path) -> RunSettings:
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Return the complete checkpoints of a run by step, oldest first."""
     found = {}
-    for folder in sorted(
-        (run / "checkpoints").glob("*step-*")
-    ):  # a dot sorts first: the true name is the last
+    for folder in sorted((run / "checkpoints").glob("*step-*")):  # a dot sorts first: the true name is last
         step = step_of(folder)
         if step is not None and (folder / "state.json").is_file():  # it got its name after its last file
             found[step] = folder

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from corpora.settings import DataSettings, Strict, parse, read_toml, recipe_path
 
+Parallel = Literal["none", "ddp", "fsdp"]  # how the weights lie on the processes that train together
+
 
 class Model(Strict):
     """[model] One decoder; GPT and LLaMA are two choices of the same fields."""

@@ -5,7 +5,7 @@ It needs torch and numpy and nothing that reads a corpus, so it runs from a bare
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from models.decoder import Decoder
 from models.loss import IGNORED
 from models.optimize import Optimizers, Tensors
 from models.processes import Processes
-from models.settings import Model, Train
+from models.settings import Model, Parallel, Train
 from models.spikes import Watch
-
-Parallel = Literal["none", "ddp", "fsdp"]
 
 
 class Update(NamedTuple):

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -36,11 +36,11 @@ from models.metrics import Metrics
 from models.optimize import learning_rate
 from models.processes import Processes, Stop, join, only_trainer
 from models.runs import read_settings
-from models.settings import RunSettings
+from models.settings import Parallel, RunSettings
 from models.spikes import Watch
-from models.step import Parallel, Stepper, Update
+from models.step import Stepper, Update
 
-PARALLEL: tuple[Parallel, ...] = ("none", "ddp", "fsdp")
+PARALLEL: tuple[Parallel, ...] = get_args(Parallel)
 
 
 @dataclass

@@ -32,9 +32,8 @@ text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; font-variant
 """
 
 
-POINTS = (
-    400  # of a line that are drawn; more cannot be told apart, and each is bytes in the server's database
-)
+# Of a line that are drawn; more cannot be told apart, and each is bytes in the server's database.
+POINTS = 400
 
 
 class Mark(NamedTuple):

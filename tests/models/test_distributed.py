@@ -124,17 +124,8 @@ def test_one_that_cannot_begin_ends_all(make_run: Make) -> None:
     assert "Traceback" not in first[2] + second[2]
 
 
-TORCHRUN = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-
-
-@pytest.mark.parametrize("by", ["ourselves", "torchrun"])
-def test_a_signal_to_the_launcher_stops_and_saves_all(by: str, make_run: Make) -> None:
-    run = make_run(train={**ADAMW, "steps": 100_000, "save_every": 100_000, "eval_every": 100_000})
-    command = ["models", "train", str(run), "--device", "cpu"]
-    if by == "torchrun":
-        command = [*TORCHRUN, "--nproc-per-node", "2", "-m", *command]
-    else:
-        command += ["--processes", "2"]
+def begun(command: list[str]) -> "subprocess.Popen[str]":
+    """Start `python -m ...`; return it when it has made its third step."""
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
@@ -146,8 +137,23 @@ def test_a_signal_to_the_launcher_stops_and_saves_all(by: str, make_run: Make) -
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
             break
+    return process
+
+
+TORCHRUN = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+
+
+@pytest.mark.parametrize("by", ["ourselves", "torchrun"])
+def test_a_signal_to_the_launcher_stops_and_saves_all(by: str, make_run: Make) -> None:
+    run = make_run(train={**ADAMW, "steps": 100_000, "save_every": 100_000, "eval_every": 100_000})
+    command = ["models", "train", str(run), "--device", "cpu"]
+    if by == "torchrun":
+        command = [*TORCHRUN, "--nproc-per-node", "2", "-m", *command]
+    else:
+        command += ["--processes", "2"]
+    process = begun(command)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=90)[1]
     folder = runs.latest_checkpoint(run)
     assert folder is not None, said
@@ -188,18 +194,7 @@ def test_processes_of_our_own(make_run: Make) -> None:
 
 def test_a_process_that_is_killed_ends_the_others(make_run: Make) -> None:
     run = make_run(train={**ADAMW, "steps": 100_000, "save_every": 100_000, "eval_every": 100_000})
-    process = subprocess.Popen(
-        [sys.executable, *TRAIN, "train", str(run), "--device", "cpu", "--processes", "2"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            break
+    process = begun(["models", "train", str(run), "--device", "cpu", "--processes", "2"])
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.kill(int(ranks[1]), signal.SIGKILL)

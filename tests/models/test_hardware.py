@@ -66,11 +66,11 @@ def write(folder: Path, **files: str) -> None:
 
 def test_room_in_control_groups_of_version_2(tmp_path: Path) -> None:
     of = tmp_path / "cgroup"
-    of.write_text("0::/work/one\n")
+    of.write_text("0::/jobs/one\n")
     root = tmp_path / "sys"
     stat = "anon 5\ninactive_file 30\n"
-    write(root / "work/one", memory__max="max\n", memory__current="60\n", memory__stat=stat)
-    write(root / "work", memory__max="100\n", memory__current="80\n", memory__stat=stat)
+    write(root / "jobs/one", memory__max="max\n", memory__current="60\n", memory__stat=stat)
+    write(root / "jobs", memory__max="100\n", memory__current="80\n", memory__stat=stat)
     assert list(hardware._room_in_groups(root, of)) == [50]
 
 
